@@ -1,0 +1,130 @@
+"""What the scripts' command lines share: flags that mean the same everywhere, and errors a person can act on."""
+
+import argparse
+import math
+import os
+import sys
+
+from rtd import distributed
+from rtd.data import DATASETS
+from rtd.device import DEVICES, PRECISIONS
+from rtd.errors import Diverged, InputError
+from rtd.probes import PROBES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults and the script's docstring, and reports a bad flag in one sentence with exit code 2."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def _number(kind, description, accept):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accept(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {description}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, "a whole number of at least 1", lambda x: x >= 1)
+non_negative_int = _number(int, "a whole number of at least 0", lambda x: x >= 0)
+positive_float = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
+non_negative_float = _number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
+unit_interval = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+def add_data_flags(parser, dataset="digits"):
+    """--dataset, --data-dir, --download, --subset, --test-subset."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default=dataset, help="digits needs no files; the others need --data-dir")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of cifar10 (torchvision's layout), or of train/ and test/ trees")
+    group.add_argument("--download", action="store_true", help="fetch cifar10 into --data-dir if it is not there")
+    group.add_argument("--subset", type=positive_int, metavar="N", help="use N training images, class-balanced; all by default")
+    group.add_argument("--test-subset", type=positive_int, metavar="N", help="use N test images, class-balanced; all by default")
+
+
+def add_device_flags(parser):
+    """--device, --precision."""
+    group = parser.add_argument_group("device")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="bf16 runs convolutions and matrix products in bfloat16: about twice as fast where the hardware has it",
+    )
+
+
+def add_probe_flags(parser):
+    """--probe, --k, --probe-epochs, --standardize."""
+    group = parser.add_argument_group("probes")
+    group.add_argument("--probe", nargs="+", choices=(*PROBES, "none"), default=list(PROBES), help="how to judge features")
+    group.add_argument("--k", type=positive_int, default=20, help="neighbours of the k-NN probe; the paper's 20")
+    group.add_argument(
+        "--probe-epochs",
+        type=positive_int,
+        default=10,
+        help="epochs of the linear probe; the paper's 10 are 1,960 steps on CIFAR-10, a small set needs more to tell anything",
+    )
+    group.add_argument("--standardize", action="store_true", help="standardise features before probing; the paper does not")
+
+
+def chosen_probes(parser, names):
+    """The probes that --probe asks for, as a list in a fixed order; [] for none."""
+    if "none" in names and len(names) > 1:
+        parser.error("--probe: none goes without other probes")
+    return [name for name in PROBES if name in names]
+
+
+def check_k(args, data):
+    """Refuse, before anything is computed, a --k larger than the training split."""
+    if "knn" in args.probe and args.k > len(data.train):
+        raise InputError(f"--k {args.k}: there are {len(data.train)} training images; choose 1 to {len(data.train)}")
+
+
+def say(*words):
+    """print, in the main process only, at once."""
+    if distributed.is_main():
+        print(*words, flush=True)
+
+
+def run(main, args):
+    """Call main(args); turn bad input, a diverged loss, a failing write and Ctrl-C into one sentence and an exit code.
+
+    2: bad input, or a file that cannot be written; 1: the loss is not finite; 130: interrupted.
+    """
+    script = os.path.basename(sys.argv[0])
+    try:
+        main(args)
+    except InputError as error:
+        code, message = 2, error
+    except Diverged as error:
+        code, message = 1, error
+    except OSError as error:
+        code, message = 2, f"{error.filename or 'a file'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; --resume continues after the last finished epoch"
+    else:
+        return
+    if distributed.is_main():
+        print(f"{script}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def probe_options(args):
+    """The arguments of ``rtd.probes.probe`` that the flags decide."""
+    options = {"probes": args.probe, "k": args.k, "epochs": args.probe_epochs, "standardized": args.standardize}
+    return options | {"seed": args.seed}

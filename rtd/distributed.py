@@ -1,0 +1,102 @@
+"""One run on several processes, started by torchrun: who am I, my share of the work, and putting results together.
+
+Without torchrun every function here does the obvious thing for a single process. Gradients are averaged by torch's
+DistributedDataParallel; these are the few lines around it.
+"""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def launched():
+    """Whether this process was started by torchrun (or anything that sets its environment variables)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    """True in the one process that prints and writes."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """Join torchrun's other processes for the duration of the block: nccl on CUDA, gloo elsewhere."""
+    if not launched():
+        yield
+        return
+    patience = datetime.timedelta(hours=6)  # the others wait while the main process probes or writes
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share(batch):
+    """My part of a global batch (a tensor of indices), and the factor that makes averaged gradients those of the whole.
+
+    Every image is in one part. DistributedDataParallel divides the sum of gradients by the number of processes, while a
+    process's loss is the mean over its part: part * processes / whole undoes both, also for uneven parts. A process
+    whose part is empty gets one image with factor 0, so that it joins in the averaging.
+    """
+    processes = world_size()
+    if processes == 1:
+        return batch, 1.0
+    mine = batch.tensor_split(processes)[rank()]
+    factor = len(mine) * processes / len(batch)
+    return (mine, factor) if len(mine) else (batch[:1], 0.0)
+
+
+def average(tensor):
+    """Mean over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def map_rows(function, rows):
+    """function(rows) -> tensor with as many rows, computed in shares by all processes; each gets the whole result."""
+    processes = world_size()
+    if processes == 1:
+        return function(rows)
+    bounds = torch.arange(len(rows)).tensor_split(processes)
+    mine = function(rows[bounds[rank()]]) if len(bounds[rank()]) else None
+    example = mine if mine is not None else function(rows[:1])
+    whole = example.new_empty(len(rows), *example.shape[1:])
+    for source, index in enumerate(bounds):
+        if len(index):
+            part = mine.contiguous() if source == rank() else whole.new_empty(len(index), *whole.shape[1:])
+            dist.broadcast(part, source)
+            whole[index] = part
+    return whole
+
+
+def broadcast_object(value):
+    """The main process's ``value`` (any picklable object), in every process."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def barrier():
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()

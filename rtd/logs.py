@@ -1,0 +1,111 @@
+"""CSV logs and run folders: one flushed row at a time, never a second header, cut back to the checkpoint on resume."""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rtd.errors import InputError
+from rtd.files import atomic_write
+
+
+def format_value(value):
+    """A CSV cell: 9 significant digits (a float32 exactly) for floats, nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+class CsvLog:
+    """A CSV file with fixed columns, written row by row."""
+
+    def __init__(self, path, fields):
+        self.path, self.fields = Path(path), tuple(fields)
+
+    def start(self, rows=()):
+        """Write the header and ``rows`` (dicts), replacing what is there."""
+        with atomic_write(self.path, "w") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(self.fields)
+            writer.writerows([format_value(row[field]) for field in self.fields] for row in rows)
+
+    def append(self, row):
+        """Add one row (a dict with exactly the columns), on the disk when this returns."""
+        if set(row) != set(self.fields):
+            raise ValueError(f"row does not have the columns of {self.path}: {sorted(set(row) ^ set(self.fields))}")
+        with open(self.path, "a") as file:
+            csv.writer(file, lineterminator="\n").writerow([format_value(row[field]) for field in self.fields])
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut(self, last_epoch):
+        """Keep the rows up to ``last_epoch``; raises InputError unless those are exactly the epochs 0 to ``last_epoch``."""
+        rows = [row for row in read_csv(self.path, self.fields) if int(row["epoch"]) <= last_epoch]
+        if [row["epoch"] for row in rows] != list(range(last_epoch + 1)):
+            raise InputError(f"{self.path} does not hold one row for each epoch from 0 to {last_epoch}, as the checkpoint asks")
+        self.start(rows)
+
+
+def read_csv(path, fields=None):
+    """The rows of a CSV log as dicts: whole numbers as int, other numbers as float, empty cells as None, else text.
+
+    Raises InputError if the file is missing, or its columns are not ``fields``, or a complete row does not fit the
+    header. A last line that was cut off in the middle of being written is left out.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a CSV log ({error})") from error
+    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+    if not lines or (fields is not None and lines[0] != list(fields)):
+        raise InputError(f"{path} does not start with the expected columns {','.join(fields or [])}")
+    if any(len(line) != len(lines[0]) for line in lines):
+        raise InputError(f"{path} has a row whose number of cells is not that of its header")
+    return [dict(zip(lines[0], map(_parse, line), strict=True)) for line in lines[1:]]
+
+
+def _parse(cell):
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            pass
+    return cell or None
+
+
+def mean_and_std(values):
+    """Mean and sample standard deviation (n - 1); the latter is None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def provenance(args, device):
+    """What a reader needs to make a run again: flags, command, versions, commit, device, start time; plain types only."""
+    packages = ("torch", "torchvision", "numpy", "scikit-learn")
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {
+        "flags": {name: value for name, value in sorted(vars(args).items())},
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "commit": commit,
+        "device": str(device),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def write_json(path, value):
+    """``value`` as indented JSON, atomically."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,58 @@
+"""Losses between the outputs of teacher and student (paper section 3, App. A), right where the numbers are tiny.
+
+With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
+
+    cross-entropy  H(p_t, p_s) = -sum p_t log p_s        what is minimised
+    entropy        H(p)        = -sum p   log p          about log m = 11.09 for both
+    KL             KL          = H(p_t, p_s) - H(p_t)    1e-7 to 1e-3: what is logged
+
+The gradient of cross-entropy and KL with respect to s is the same, p_s - p_t. The KL must not be computed as that
+difference: float32 resolves numbers around 11 to 1e-6. Because sum (p_s - p_t) = 0,
+
+    KL = sum p_t phi(d),   d = log p_s - log p_t,   phi(x) = exp(x) - 1 - x >= 0,
+
+a sum of terms of one sign, each of the size of the result. Likewise log p = s - logmeanexp(s) - log m is kept as two
+numbers, of which the first (s - logmeanexp(s), about 0.1) is held to 1e-8 in float32 and the second is a constant.
+
+``cross_entropy``, ``kl_divergence`` and ``entropy`` are the definitions, on (B, m) logits. ``rtd.last_layer`` computes
+the same from the head's bottleneck, without ever holding those.
+"""
+
+import math
+
+import torch
+
+
+def log_mean_exp(logits, dim=-1):
+    """log(mean(exp(logits))) over ``dim``: the normaliser that stays near 0 for near-uniform softmaxes."""
+    highest = logits.amax(dim, keepdim=True)
+    return (highest + (logits - highest).exp().mean(dim, keepdim=True).log()).squeeze(dim)
+
+
+def exp_minus_one_minus(x):
+    """phi(x) = exp(x) - 1 - x to full relative precision: by its series where the difference would cancel."""
+    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
+    return torch.where(x.abs() < 0.05, series, torch.expm1(x) - x)
+
+
+def cross_entropy(student_logits, teacher_logits):
+    """H(p_t, p_s) of each image: two (..., m) tensors of logits -> (...), in nats."""
+    p_t = teacher_logits.softmax(-1)
+    return log_mean_exp(student_logits) + math.log(student_logits.shape[-1]) - (p_t * student_logits).sum(-1)
+
+
+def kl_divergence(student_logits, teacher_logits):
+    """KL(p_t || p_s) of each image: two (..., m) tensors of logits -> (...), in nats; no cancellation, never negative."""
+    log_ratio_s = student_logits - log_mean_exp(student_logits).unsqueeze(-1)
+    log_ratio_t = teacher_logits - log_mean_exp(teacher_logits).unsqueeze(-1)
+    return (teacher_logits.softmax(-1) * exp_minus_one_minus(log_ratio_s - log_ratio_t)).sum(-1)
+
+
+def entropy(logits):
+    """H(p) of each image: (..., m) logits -> (...), in nats; log m when all outputs are equal."""
+    return cross_entropy(logits, logits)
+
+
+def mean_squared_error(student_logits, teacher_logits):
+    """Mean over the m outputs of (s - t)^2, of each image: two (..., m) tensors -> (...)."""
+    return (student_logits - teacher_logits).square().mean(-1)

@@ -1,0 +1,297 @@
+"""Distil a student from a random teacher (paper section 3, App. A; Fig. 1, Table 1).
+
+A network at random initialisation is frozen: the teacher. A student that starts next to it learns to reproduce its
+outputs, on images alone: no labels, no augmentation. Linear and k-NN probes then find the student's features much
+better than the teacher's. They get worse first: a dip in the first few hundred steps belongs to the method.
+
+    python run_distill.py                                      # digits, nothing to download
+    python run_distill.py --dataset cifar10 --data-dir data    # the paper's protocol: VGG11 on CIFAR-10, 100 epochs
+    torchrun --nproc-per-node=4 run_distill.py ...             # the same on four processes
+
+Writes config.json, log.csv (a row an epoch), checkpoint.pt, best.pt and curves.png into the folder --out.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from rtd import checkpoint, cli, distributed, logs, plots, runs
+from rtd.data import load_dataset, normalize
+from rtd.device import describe, pick_device
+from rtd.distill import Distiller, FrozenTeacher, distance
+from rtd.errors import Diverged
+from rtd.init import init_network_, init_student_, random_stream
+from rtd.last_layer import LOSSES
+from rtd.models import ENCODERS, build_network, materialize, parameter_count
+from rtd.probes import probe_encoder, probe_input
+from rtd.progress import progress
+
+TRAINING = ("loss", "kl", "teacher_entropy", "student_entropy")
+DISTANCES = ("distance_encoder", "distance_head", "distance_total")
+PROBED = tuple(f"{who}_{probe}" for who in ("student", "teacher", "input") for probe in ("linear", "knn"))
+COLUMNS = ("epoch", "step", *TRAINING, *DISTANCES, *PROBED, "images_per_second", "seconds")
+PRODUCTS = ("config.json", "log.csv", "checkpoint.pt", "best.pt", "curves.png")
+MAY_CHANGE = ("epochs", "out", "resume", "overwrite", "no_plot", "data_dir", "download", "device")  # on --resume
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    cli.add_data_flags(parser)
+    add = parser.add_argument_group("teacher and student").add_argument
+    add("--encoder", choices=ENCODERS, default="vgg11", help="vgg11 gets further, resnet18 gets there earlier")
+    add("--out-dim", type=cli.positive_int, default=2**16, help="outputs of the head; below 256 the effect is lost")
+    add("--no-weight-norm", action="store_true", help="raw last layer, as in the authors' code; small runs may collapse")
+    add("--alpha", type=cli.unit_interval, default=1e-10, help="0: the student starts at the teacher; 1: independent, worse")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=cli.positive_int, default=100, help="passes over the images; below 1000 steps expect the dip")
+    add("--batch-size", type=cli.positive_int, default=256, help="images a step, over all processes together")
+    add("--lr", type=cli.positive_float, default=0.001, help="of AdamW, constant")
+    add("--weight-decay", type=cli.non_negative_float, default=0.0, help="of weights; the paper has none")
+    add("--bias-decay", type=cli.non_negative_float, default=0.0, help="of biases and norms; the authors' code had 0.01")
+    add("--loss", choices=LOSSES, default="ce", help="ce and kl have the same gradient; ce is cheaper")
+    add("--seed", type=cli.non_negative_int, nargs="+", default=[0], help="several: one run each, and a summary")
+    add("--fp32-steps", type=cli.non_negative_int, default=100, metavar="N", help="under bf16, N first steps in fp32 (README)")
+    add("--compile", action="store_true", help="torch.compile the student; pays off on GPUs, after a minute")
+    cli.add_probe_flags(parser)
+    cli.add_device_flags(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, help="run folder; by default runs/distill-DATASET-ENCODER")
+    add("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
+    add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
+    add("--probe-every", type=cli.positive_int, default=1, metavar="EPOCHS", help="also before training and after the last epoch")
+    add("--log-every", type=cli.positive_int, default=30, metavar="STEPS", help="KL and entropies on every n-th step")
+    add("--no-plot", action="store_true", help="do not draw curves.png")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / f"distill-{args.dataset}-{args.encoder}"
+    args.probe = cli.chosen_probes(parser, args.probe)
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    if len(set(args.seed)) < len(args.seed):
+        parser.error("--seed: give each seed once")
+    return args
+
+
+def main(args):
+    device = pick_device(args.device)
+    with distributed.process_group(device):
+        data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
+        cli.check_k(args, data)
+        data = data.to(device)
+        cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
+        several = len(args.seed) > 1
+        folders = [args.out / f"seed{seed}" if several else args.out for seed in args.seed]
+        for seed, folder in zip(args.seed, folders, strict=True):
+            distill(argparse.Namespace(**{**vars(args), "seed": seed, "out": str(folder)}), data, device)
+        if several and distributed.is_main():
+            log_paths = [folder / "log.csv" for folder in folders]
+            if args.probe:
+                columns = [column for column in PROBED if column.split("_")[1] in args.probe]
+                runs.summarize(args.out / "summary.csv", log_paths, columns)
+            draw(args, log_paths, args.out / "curves.png")
+
+
+def distill(args, data, device):
+    """One run: the algorithm of App. A with its probes, one epoch after the other; epoch 0 is before training."""
+    folder = Path(args.out)
+    resumed = runs.open_folder(folder, args, MAY_CHANGE, PRODUCTS)
+    began = time.perf_counter()
+
+    # Teacher: a random network. Student: theta_S(alpha), next to it.
+    model = {"encoder": args.encoder, "out_dim": args.out_dim, "weight_norm": not args.no_weight_norm}
+    teacher = init_network_(materialize(build_network(**model)), random_stream(args.seed, "teacher-init"))
+    student = init_network_(materialize(build_network(**model)), random_stream(args.seed, "student-init"))
+    init_student_(student, teacher, args.alpha)
+    student_init = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    student.to(device)
+    cli.say(f"{args.encoder} with head: {parameter_count(student) / 1e6:.1f}M parameters; {describe(device)}, {args.precision}")
+
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
+            {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": args.bias_decay},
+        ],
+        lr=args.lr,
+        fused=device.type != "mps",
+    )
+    batch_order = random_stream(args.seed, "batch-order")
+    done, step, best, seconds, baselines = -1, 0, -math.inf, 0.0, None
+    if resumed is not None:
+        done, step = resumed["epoch"], resumed["step"]
+        saved = resumed["progress"]
+        best, seconds, baselines = saved["best"], saved["seconds"], saved["baselines"]
+        student.load_state_dict(resumed["student"])
+        optimizer.load_state_dict(saved["optimizer"])
+        batch_order.set_state(saved["generators"]["batch-order"])
+        cli.say(f"resumed after epoch {done}")
+
+    # What the frozen teacher says about each image, once; then the teacher itself is not needed any more.
+    teacher_state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    teacher.to(device)
+    if baselines is None:
+        baselines = baseline_probes(teacher.encoder, data, args)
+    distiller = Distiller(
+        student, FrozenTeacher(teacher, data.train.images, data.mean, data.std), args.precision, args.loss, args.compile
+    )
+    del teacher
+    trained = DistributedDataParallel(distiller) if distributed.world_size() > 1 else distiller
+
+    config = logs.provenance(args, device)
+    log = logs.CsvLog(folder / "log.csv", COLUMNS)
+    if distributed.is_main():
+        if resumed is None:
+            logs.write_json(folder / "config.json", config)
+            log.start()
+        else:
+            log.cut(done)
+    cli.say(table_header(args.probe))
+
+    for epoch in range(done + 1, args.epochs + 1):
+        row = dict.fromkeys(COLUMNS) | baselines | {"epoch": epoch}
+        if epoch == 0:
+            row |= evaluate_start(distiller, data)
+        else:
+            training_began = time.perf_counter()
+            order = torch.randperm(len(data.train), generator=batch_order)
+            training, step = train_epoch(trained, optimizer, data, order, epoch, step, args)
+            row |= training | {"images_per_second": len(data.train) / (time.perf_counter() - training_began)}
+        row |= {"step": step} | distance(student, student_init)
+        if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
+            options = cli.probe_options(args) | {"name": f"student-{epoch}"}
+            row |= prefixed("student", probe_encoder(student.encoder, data, args.precision, **options))
+        if not distributed.is_main():
+            continue
+        row["seconds"] = seconds + time.perf_counter() - began
+        log.append(row)
+        cli.say(table_line(row, args.probe))
+        contents = {
+            "model": model,
+            "teacher": teacher_state,
+            "student": student.state_dict(),
+            "student_init": student_init,
+            "data": {"name": data.name, "mean": list(data.mean), "std": list(data.std)},
+            "epoch": epoch,
+            "step": step,
+            "config": config,
+        }
+        judged = row[f"student_{args.probe[0]}"] if args.probe else None
+        if epoch > 0 and judged is not None and judged > best:
+            best = judged
+            checkpoint.save_checkpoint(folder / "best.pt", contents)
+        contents["progress"] = {
+            "optimizer": optimizer.state_dict(),
+            "generators": {"batch-order": batch_order.get_state()},
+            "baselines": baselines,
+            "best": best,
+            "seconds": row["seconds"],
+        }
+        checkpoint.save_checkpoint(folder / "checkpoint.pt", contents)
+
+    if distributed.is_main():
+        draw(args, [log.path], folder / "curves.png")
+        if args.probe:
+            runs.say_result(logs.read_csv(log.path, COLUMNS), args.probe)
+
+
+def train_epoch(trained, optimizer, data, order, epoch, step, args):
+    """One pass over the images in the given order. Returns the epoch's means for the log, and the step reached."""
+    trained.train()
+    device = data.train.images.device
+    batches = order.split(args.batch_size)
+    losses = torch.zeros(len(batches), device=device)  # read once, at the end: on a GPU, reading waits
+    watched, sizes = [], []
+    bar = progress(batches, f"epoch {epoch}", "steps") if distributed.is_main() else batches
+    for i, batch in enumerate(bar):
+        mine, factor = distributed.share(batch)  # all of the batch, and 1, in a single process
+        mine = mine.to(device)
+        images = normalize(data.train.images[mine], data.mean, data.std)
+        diagnostics = step % args.log_every == 0 or i == 0
+        result = trained(images, mine, diagnostics, "fp32" if step < args.fp32_steps else args.precision)
+        losses[i] = factor * result.loss.detach()
+        if device.type == "cpu" and not torch.isfinite(losses[i]):
+            stop_diverged(epoch, step + 1, args)
+        optimizer.zero_grad()
+        (factor * result.loss).backward()
+        optimizer.step()  # of the student alone
+        step += 1
+        if diagnostics:
+            watched.append(factor * torch.stack(result[1:]))
+            sizes.append(len(batch))
+            if hasattr(bar, "set_postfix"):
+                bar.set_postfix(loss=f"{losses[i].item():.4f}")
+    loss = distributed.average(weighted_mean(losses, [len(batch) for batch in batches]))
+    if not torch.isfinite(loss):
+        stop_diverged(epoch, step, args)
+    means = distributed.average(weighted_mean(torch.stack(watched), sizes))
+    return dict(zip(TRAINING, [loss.item(), *means.tolist()], strict=True)), step
+
+
+@torch.no_grad()
+def evaluate_start(distiller, data, batch_size=256):
+    """The log's training columns before the first step: means over the training images, batch statistics as in training."""
+    buffers = {name: buffer.clone() for name, buffer in distiller.student.named_buffers()}
+    distiller.train()
+    index = torch.arange(len(data.train), device=data.train.images.device).split(batch_size)
+    results = [distiller(normalize(data.train.images[i], data.mean, data.std), i, True, "fp32") for i in index]
+    for name, buffer in distiller.student.named_buffers():  # batch norm has moved its running statistics
+        buffer.copy_(buffers[name])
+    means = weighted_mean(torch.stack([torch.stack(result) for result in results]), [len(i) for i in index])
+    return dict(zip(TRAINING, means.tolist(), strict=True))
+
+
+def weighted_mean(values, weights):
+    """Mean over dim 0 of ``values`` (a tensor) with ``weights`` (a list of numbers)."""
+    weights = torch.tensor(weights, device=values.device, dtype=values.dtype)
+    return torch.tensordot(weights / weights.sum(), values, dims=1)
+
+
+def stop_diverged(epoch, step, args):
+    raise Diverged(
+        f"the loss is not finite in epoch {epoch}, step {step}; the last checkpoint stands. "
+        f"Try a smaller --lr than {args.lr}{', or --precision fp32' if args.precision == 'bf16' else ''}"
+    )
+
+
+def baseline_probes(encoder, data, args):
+    """What the student is to beat: probes of the teacher's features and of the pixels; they never change."""
+    if not args.probe:
+        return {}
+    options = cli.probe_options(args)
+    teacher = probe_encoder(encoder, data, args.precision, name="teacher", **options)
+    return prefixed("teacher", teacher) | prefixed("input", probe_input(data, name="input", **options))
+
+
+def prefixed(prefix, values):
+    return {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+def table_header(probes):
+    names = {"linear": "linear %", "knn": "k-NN %"}
+    probed = "".join(f" {names[probe]:>9}" for probe in probes)
+    return f"{'epoch':>5} {'step':>7} {'loss':>9} {'KL':>9} {'distance':>8}{probed}   img/s  seconds"
+
+
+def table_line(row, probes):
+    values = [row[f"student_{probe}"] for probe in probes]
+    probed = "".join(f" {'' if value is None else f'{value:.2f}':>9}" for value in values)
+    speed = "" if row["images_per_second"] is None else f"{row['images_per_second']:.0f}"
+    start = f"{row['epoch']:5d} {row['step']:7d} {row['loss']:9.5f} {row['kl']:9.2e} {row['distance_total']:8.2f}"
+    return f"{start}{probed} {speed:>7} {row['seconds']:8.1f}"
+
+
+def draw(args, log_paths, path):
+    """Fig. 1 from the log, or from several seeds' logs."""
+    if args.no_plot:
+        return
+    if not plots.available():
+        cli.say(f"{path.name} is not drawn: matplotlib is missing (pip install -e '.[full]')")
+        return
+    plots.plot_curves(log_paths, path, f"{args.encoder} on {args.dataset}, alpha = {args.alpha:g}")
+    cli.say(f"curves: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
