@@ -81,7 +81,6 @@ def main(args):
         data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
         cli.check_k(args, data)
         data = data.to(device)
-        cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
         several = len(args.seed) > 1
         folders = [args.out / f"seed{seed}" if several else args.out for seed in args.seed]
         for seed, folder in zip(args.seed, folders, strict=True):
@@ -99,6 +98,7 @@ def distill(args, data, device):
     folder = Path(args.out)
     resumed = runs.open_folder(folder, args, MAY_CHANGE, PRODUCTS)
     began = time.perf_counter()
+    cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
 
     # Teacher: a random network. Student: theta_S(alpha), next to it.
     model = {"encoder": args.encoder, "out_dim": args.out_dim, "weight_norm": not args.no_weight_norm}

@@ -25,7 +25,7 @@ COLUMNS = ("checkpoint", "sha256", "epoch", "trained_on", "probed_on", "network"
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt or best.pt of a run of run_distill.py")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt or best.pt of a run")
     cli.add_data_flags(parser)
     cli.add_probe_flags(parser)
     parser.add_argument("--network", nargs="+", choices=WHO, default=list(WHO), help="what to probe")

@@ -25,8 +25,8 @@ class L2Bottleneck(nn.Module):
         self.weight_norm = weight_norm
 
     def bottleneck(self, x):
-        """(B, in_dim) -> (B, bottleneck_dim) unit vectors, in float32 also under autocast."""
-        return F.normalize(self.linear(x).float(), dim=1)
+        """(B, in_dim) -> (B, bottleneck_dim) unit vectors, in the parameters' precision also under autocast."""
+        return F.normalize(self.linear(x).to(self.linear.weight.dtype), dim=1)
 
     def normalized_weight(self):
         """(out_dim, bottleneck_dim): V~ (or the raw V without weight normalisation), normalised at every call."""

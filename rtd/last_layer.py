@@ -161,7 +161,15 @@ class _Function(torch.autograd.Function):
 
 
 def last_layer_loss(
-    z, weight, z_t, weight_t, lme_t=None, kind="ce", weight_norm=True, dtype=torch.float32, diagnostics=False,
+    z,
+    weight,
+    z_t,
+    weight_t,
+    lme_t=None,
+    kind="ce",
+    weight_norm=True,
+    dtype=torch.float32,
+    diagnostics=False,
     workspace=None,
 ):
     """Loss between the outputs of the student's last layer and the teacher's, with gradients for the student.

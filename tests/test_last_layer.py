@@ -1,0 +1,129 @@
+"""The blocked last layer against the plain one: same loss, same gradients, at every block boundary."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rtd import last_layer, losses
+from rtd.last_layer import last_layer_loss, output_log_mean_exp
+
+PLAIN = {"ce": losses.cross_entropy, "kl": losses.kl_divergence, "mse": losses.mean_squared_error}
+
+
+def inputs(generator, dtype, batch=7, dim=16, outputs=333):
+    z, z_t = (F.normalize(torch.randn(batch, dim, generator=generator, dtype=dtype)) for _ in range(2))
+    weight = 0.02 * torch.randn(outputs, dim, generator=generator, dtype=dtype)
+    weight_t = F.normalize(torch.randn(outputs, dim, generator=generator, dtype=dtype))
+    return z.requires_grad_(), weight.requires_grad_(), z_t, weight_t
+
+
+@pytest.mark.parametrize("block", [1, 100, 111, 333, 1000])
+@pytest.mark.parametrize("weight_norm", [True, False])
+@pytest.mark.parametrize("kind", ["ce", "kl", "mse"])
+def test_float64_loss_and_gradients_equal_the_plain_ones(generator, monkeypatch, kind, weight_norm, block):
+    monkeypatch.setattr(last_layer, "BLOCK", block)
+    z, weight, z_t, weight_t = inputs(generator, torch.float64)
+    s, t = F.linear(z, F.normalize(weight) if weight_norm else weight), F.linear(z_t, weight_t)
+    plain = PLAIN[kind](s, t).mean()
+    expected = torch.autograd.grad(plain, (z, weight))
+    result = last_layer_loss(z, weight, z_t, weight_t, kind=kind, weight_norm=weight_norm, diagnostics=True)
+    result.loss.backward()
+    torch.testing.assert_close(result.loss, plain, rtol=1e-12, atol=0)
+    for grad, reference in zip((z.grad, weight.grad), expected, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=0, atol=1e-12 * reference.abs().max().item() + 1e-15)
+    torch.testing.assert_close(result.kl, losses.kl_divergence(s, t).mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.teacher_entropy, losses.entropy(t).mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.student_entropy, losses.entropy(s).mean(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", last_layer.LOSSES)
+def test_gradients_by_finite_differences(generator, kind):
+    z, weight, z_t, weight_t = inputs(generator, torch.float64, batch=2, dim=5, outputs=9)
+    last_layer_loss(z, weight, z_t, weight_t, kind=kind).loss.backward()
+    step = 1e-6
+    for tensor in (z, weight):
+        for i in range(tensor.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.detach().clone() for x in (z, weight)]
+                moved[0 if tensor is z else 1].view(-1)[i] += sign * step
+                with torch.no_grad():
+                    ends.append(last_layer_loss(*moved, z_t, weight_t, kind=kind).loss)
+            assert tensor.grad.view(-1)[i].item() == pytest.approx((ends[0] - ends[1]).item() / (2 * step), rel=1e-5, abs=1e-9)
+
+
+def test_float32_gradients_agree_with_float64_to_1e5(generator):
+    z, weight, z_t, weight_t = inputs(generator, torch.float64, batch=8, dim=32, outputs=5000)
+    last_layer_loss(z, weight, z_t, weight_t).loss.backward()
+    z32, weight32 = (x.detach().float().requires_grad_() for x in (z, weight))
+    last_layer_loss(z32, weight32, z_t.float(), weight_t.float()).loss.backward()
+    for grad, reference in ((z32.grad, z.grad), (weight32.grad, weight.grad)):
+        assert (grad - reference).abs().max() <= 1e-5 * reference.abs().max()
+
+
+def test_without_gradients_the_values_are_the_same(generator):
+    arguments = inputs(generator, torch.float32)
+    with torch.no_grad():
+        quiet = last_layer_loss(*arguments, diagnostics=True)
+    assert not quiet.loss.requires_grad
+    for a, b in zip(quiet, last_layer_loss(*arguments, diagnostics=True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_workspace_and_diagnostics_change_nothing(generator):
+    z, weight, z_t, weight_t = inputs(generator, torch.float32)
+    gradients = []
+    for options in ({}, {"diagnostics": True}, {"workspace": torch.full((333 * 7 + 5,), torch.nan)}):
+        z.grad = weight.grad = None
+        last_layer_loss(z, weight, z_t, weight_t, **options).loss.backward()
+        gradients.append((z.grad, weight.grad))
+    for a, b in gradients[1:]:
+        assert torch.equal(a, gradients[0][0])
+        assert torch.equal(b, gradients[0][1])
+
+
+def test_upstream_gradient_scales_both(generator):
+    z, weight, z_t, weight_t = inputs(generator, torch.float64)
+    once = torch.autograd.grad(last_layer_loss(z, weight, z_t, weight_t).loss, (z, weight))
+    thrice = torch.autograd.grad(3 * last_layer_loss(z, weight, z_t, weight_t).loss, (z, weight))
+    for a, b in zip(once, thrice, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_log_mean_exp_by_blocks_survives_large_logits(generator, monkeypatch):
+    monkeypatch.setattr(last_layer, "BLOCK", 7)
+    z = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    weight = 500 * torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    expected = torch.logsumexp(F.linear(z, weight), 1) - torch.log(torch.tensor(50.0, dtype=torch.float64))
+    torch.testing.assert_close(output_log_mean_exp(z, weight, torch.float64), expected)
+
+
+def test_equal_student_and_teacher_have_no_kl(generator):
+    z, weight, *_ = inputs(generator, torch.float32)
+    result = last_layer_loss(z, weight, z.detach(), F.normalize(weight.detach()), diagnostics=True)
+    assert 0 <= result.kl < 1e-13
+    result.loss.backward()
+    assert z.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize(("kl", "tolerance"), [(1e-6, 0.05), (1e-4, 0.02)])
+def test_bf16_products_keep_a_small_kl_and_its_gradient(generator, kl, tolerance):
+    """bf16 rounds logits of deviation 1/16 by about 1e-4: a KL of 1e-6 (differences of 1e-3) still comes through."""
+    z_t = F.normalize(torch.randn(16, 256, generator=generator))
+    weight_t = F.normalize(torch.randn(2**14, 256, generator=generator))
+    noise = F.normalize(torch.randn(16, 256, generator=generator))
+    z = F.normalize(z_t + 16 * (2 * kl) ** 0.5 * noise).requires_grad_()
+    weight = weight_t.clone().requires_grad_()
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        result = last_layer_loss(z, weight, z_t, weight_t, dtype=dtype, diagnostics=True)
+        found[dtype] = (result.kl.item(), torch.autograd.grad(result.loss, z)[0].flatten())
+    (exact, exact_grad), (rounded, rounded_grad) = found.values()
+    assert exact == pytest.approx(kl, rel=0.2)
+    assert rounded == pytest.approx(exact, rel=tolerance)
+    assert F.cosine_similarity(exact_grad, rounded_grad, dim=0) > 0.99
+
+
+def test_unknown_loss_is_refused(generator):
+    with pytest.raises(ValueError, match="kind must be one of"):
+        last_layer_loss(*inputs(generator, torch.float32), kind="hinge")
