@@ -23,7 +23,7 @@ from rtd import checkpoint, cli, distributed, logs, plots, runs
 from rtd.data import load_dataset, normalize
 from rtd.device import describe, pick_device
 from rtd.distill import Distiller, FrozenTeacher, distance
-from rtd.errors import Diverged
+from rtd.errors import Diverged, InputError
 from rtd.init import init_network_, init_student_, random_stream
 from rtd.last_layer import LOSSES
 from rtd.models import ENCODERS, build_network, materialize, parameter_count
@@ -44,6 +44,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("teacher and student").add_argument
     add("--encoder", choices=ENCODERS, default="vgg11", help="vgg11 gets further, resnet18 gets there earlier")
     add("--out-dim", type=cli.positive_int, default=2**16, help="outputs of the head; below 256 the effect is lost")
+    add("--bottleneck-dim", type=cli.positive_int, default=256, help="width of the head's l2-bottleneck")
+    add("--head-hidden", type=cli.positive_int, default=2048, help="width of the head's two hidden layers")
     add("--no-weight-norm", action="store_true", help="raw last layer, as in the authors' code; small runs may collapse")
     add("--alpha", type=cli.unit_interval, default=1e-10, help="0: the student starts at the teacher; 1: independent, worse")
     add = parser.add_argument_group("training").add_argument
@@ -84,7 +86,7 @@ def main(args):
         several = len(args.seed) > 1
         folders = [args.out / f"seed{seed}" if several else args.out for seed in args.seed]
         for seed, folder in zip(args.seed, folders, strict=True):
-            distill(argparse.Namespace(**{**vars(args), "seed": seed, "out": str(folder)}), data, device)
+            distill(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder}), data, device)
         if several and distributed.is_main():
             log_paths = [folder / "log.csv" for folder in folders]
             if args.probe:
@@ -95,13 +97,16 @@ def main(args):
 
 def distill(args, data, device):
     """One run: the algorithm of App. A with its probes, one epoch after the other; epoch 0 is before training."""
-    folder = Path(args.out)
-    resumed = runs.open_folder(folder, args, MAY_CHANGE, PRODUCTS)
+    folder = args.out
+    resumed = None
+    if runs.open_folder(folder, args, device, MAY_CHANGE, PRODUCTS) and (folder / "checkpoint.pt").exists():
+        resumed = load_progress(folder / "checkpoint.pt", args)
     began = time.perf_counter()
     cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
 
     # Teacher: a random network. Student: theta_S(alpha), next to it.
-    model = {"encoder": args.encoder, "out_dim": args.out_dim, "weight_norm": not args.no_weight_norm}
+    model = {"encoder": args.encoder, "out_dim": args.out_dim, "hidden_dim": args.head_hidden}
+    model |= {"bottleneck_dim": args.bottleneck_dim, "weight_norm": not args.no_weight_norm}
     teacher = init_network_(materialize(build_network(**model)), random_stream(args.seed, "teacher-init"))
     student = init_network_(materialize(build_network(**model)), random_stream(args.seed, "student-init"))
     init_student_(student, teacher, args.alpha)
@@ -139,11 +144,9 @@ def distill(args, data, device):
     del teacher
     trained = DistributedDataParallel(distiller) if distributed.world_size() > 1 else distiller
 
-    config = logs.provenance(args, device)
     log = logs.CsvLog(folder / "log.csv", COLUMNS)
     if distributed.is_main():
         if resumed is None:
-            logs.write_json(folder / "config.json", config)
             log.start()
         else:
             log.cut(done)
@@ -175,7 +178,7 @@ def distill(args, data, device):
             "data": {"name": data.name, "mean": list(data.mean), "std": list(data.std)},
             "epoch": epoch,
             "step": step,
-            "config": config,
+            "config": logs.provenance(args, device),
         }
         judged = row[f"student_{args.probe[0]}"] if args.probe else None
         if epoch > 0 and judged is not None and judged > best:
@@ -194,6 +197,16 @@ def distill(args, data, device):
         draw(args, [log.path], folder / "curves.png")
         if args.probe:
             runs.say_result(logs.read_csv(log.path, COLUMNS), args.probe)
+
+
+def load_progress(path, args):
+    """The checkpoint from which --resume goes on."""
+    resumed = checkpoint.load_checkpoint(path, mmap=False)
+    if "progress" not in resumed:
+        raise InputError(f"{path} cannot be resumed: it holds networks, but no optimizer state")
+    if resumed["epoch"] > args.epochs:
+        raise InputError(f"--epochs {args.epochs}: {path} has already run {resumed['epoch']} epochs")
+    return resumed
 
 
 def train_epoch(trained, optimizer, data, order, epoch, step, args):

@@ -85,6 +85,11 @@ def mean_and_std(values):
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def flags(args):
+    """The flags as plain types, by name; paths as text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
+
+
 def provenance(args, device):
     """What a reader needs to make a run again: flags, command, versions, commit, device, start time; plain types only."""
     packages = ("torch", "torchvision", "numpy", "scikit-learn")
@@ -95,7 +100,7 @@ def provenance(args, device):
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {
-        "flags": {name: value for name, value in sorted(vars(args).items())},
+        "flags": flags(args),
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         "commit": commit,

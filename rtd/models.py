@@ -2,37 +2,59 @@
 
 An encoder maps normalised images to an embedding, the representation that the probes judge:
 
-* VGG11 is torchvision's convolutional ``features`` without batch norm, flattened: no average pool, no classifier, no
-  dropout (9,220,480 parameters; 512 dimensions at 32x32).
-* ResNet18 is torchvision's with the CIFAR stem: a 3x3 convolution of stride 1 instead of 7x7 of stride 2, no max pool,
-  no classification layer (11,168,832 parameters; 512 dimensions).
+* VGG11, 13, 16, 19 are torchvision's convolutional ``features`` without batch norm, flattened: no average pool, no
+  classifier, no dropout (VGG11: 9,220,480 parameters; 512 dimensions at 32x32).
+* ResNet18, 34, 50 are torchvision's with the CIFAR stem: a 3x3 convolution of stride 1 instead of 7x7 of stride 2, no
+  max pool, no classification layer (ResNet18: 11,168,832 parameters; 512 dimensions, ResNet50 2,048).
+* ResNet20, 56 are the narrow three-stage networks that He et al. (2016) made for CIFAR-10, of torchvision's blocks, with
+  projection shortcuts (ResNet20: 271,824 parameters; 64 dimensions). They are the ones for quick looks.
 
 Modules are built without drawing a single random number: ``rtd.init`` fills them from a generator of the caller's.
 """
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
-from torchvision.models import resnet18, vgg11
+from torchvision.models import resnet, vgg
 
 from rtd.errors import InputError
 from rtd.head import ProjectionHead
 
 
-def _vgg11():
-    return nn.Sequential(OrderedDict(features=vgg11(init_weights=False).features, flatten=nn.Flatten()))
+def _vgg(name):
+    return nn.Sequential(OrderedDict(features=getattr(vgg, name)(init_weights=False).features, flatten=nn.Flatten()))
 
 
-def _resnet18():
-    model = resnet18()
+def _resnet(name):
+    model = getattr(resnet, name)()
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
     model.fc = nn.Identity()
     return model
 
 
-ENCODERS = {"vgg11": _vgg11, "resnet18": _resnet18}
+def _narrow_resnet(blocks):
+    """He et al. (2016), section 4.2: 3 stages of ``blocks`` blocks with 16, 32 and 64 channels; 6 blocks + 2 layers."""
+    layers = [nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    width = 16
+    for planes in (16, 32, 64):
+        for _ in range(blocks):
+            shortcut = None
+            if width != planes:
+                shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, stride=2, bias=False), nn.BatchNorm2d(planes))
+            layers.append(resnet.BasicBlock(width, planes, 1 if shortcut is None else 2, shortcut))
+            width = planes
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+ENCODERS = {
+    **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
+    **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
+    "resnet20": partial(_narrow_resnet, 3),
+    "resnet56": partial(_narrow_resnet, 9),
+}
 
 
 def build_encoder(name):

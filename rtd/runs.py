@@ -1,53 +1,59 @@
 """Run folders: opened safely, continued only as the same experiment, and summed up in a few lines of text."""
 
+import json
 import shutil
 import warnings
 from pathlib import Path
 
-from rtd import checkpoint, cli, distributed, logs
+from rtd import cli, distributed, logs
 from rtd.errors import InputError
 
 
-def open_folder(folder, args, may_change, products):
-    """Say the run folder and make it ready. Returns the checkpoint to resume from, or None for a fresh start.
+def open_folder(folder, args, device, may_change, products):
+    """Say the run folder and make it ready, with a config.json. Returns whether an earlier run is being continued.
 
     ``may_change``: names of flags that may differ between a run and its --resume; any other would make the rest a
-    different experiment. ``products``: file names that --overwrite deletes. Raises InputError for a folder that holds a
-    run already (without --resume or --overwrite) or was run with other flags.
+    different experiment. ``products``: glob patterns of the files that --overwrite deletes. Raises InputError for a folder
+    that holds a run already (without --resume or --overwrite) or was run with other flags.
     """
     folder = Path(folder)
     cli.say(folder)
-    resumed = None
-    path = folder / "checkpoint.pt"
-    if args.resume and path.exists():
-        resumed = checkpoint.load_checkpoint(path, mmap=False)
-        if "progress" not in resumed:
-            raise InputError(f"{path} cannot be resumed: it holds networks, but no optimizer state")
-        _check_same_flags(folder, resumed, args, may_change)
-    elif folder.exists() and not folder.is_dir():
+    config = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; give a folder")
+    used = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if used and not (args.resume or args.overwrite):
+        raise InputError(f"--out {folder} holds a run already: --resume continues it, --overwrite starts again")
+    if used and args.resume and not config.exists():
+        raise InputError(f"--resume: {folder} holds files but no run (config.json is missing); give another --out")
+    continued = args.resume and config.exists()
+    if continued:
+        _check_same_flags(config, args, may_change)
+    distributed.barrier()  # all have looked before the main process writes
     if distributed.is_main():
-        if resumed is None and folder.is_dir() and any(folder.iterdir()):
-            if args.overwrite:
-                for name in products:
-                    (folder / name).unlink(missing_ok=True)
-            elif not args.resume:
-                raise InputError(f"--out {folder} holds a run already: --resume continues it, --overwrite starts again")
+        if args.overwrite and used:
+            for pattern in products:
+                for path in folder.glob(pattern):
+                    path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
+        if not continued:
+            logs.write_json(config, logs.provenance(args, device))
         if shutil.disk_usage(folder).free < 2**30:
             warnings.warn(f"less than 1 GB is free on the disk of {folder}", stacklevel=2)
     distributed.barrier()
-    return resumed
+    return continued
 
 
-def _check_same_flags(folder, resumed, args, may_change):
-    then, now = resumed["config"]["flags"], vars(args)
-    changed = [name for name in now if name not in may_change and then.get(name) != now[name]]
+def _check_same_flags(config, args, may_change):
+    try:
+        then = json.loads(config.read_text())["flags"]
+        now = json.loads(json.dumps(logs.flags(args)))
+        changed = [name for name in now if name not in may_change and then.get(name) != now[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{config} is damaged, so --resume cannot tell which run this is; give another --out") from error
     if changed:
         was = ", ".join(f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}" for name in changed)
-        raise InputError(f"--resume: {folder} was run with other flags ({was}); use those, or another --out")
-    if resumed["epoch"] > args.epochs:
-        raise InputError(f"--epochs {args.epochs}: {folder} has already run {resumed['epoch']} epochs")
+        raise InputError(f"--resume: {config.parent} was run with other flags ({was}); use those, or another --out")
 
 
 def best_and_final(rows, column):

@@ -7,7 +7,18 @@ from rtd.errors import InputError
 from rtd.init import init_network_
 from rtd.models import ENCODERS, build_encoder, build_network, embedding_dim, materialize, parameter_count
 
-COUNTS = {"vgg11": 9_220_480, "resnet18": 11_168_832}
+COUNTS = {
+    "vgg11": 9_220_480,
+    "vgg13": 9_404_992,
+    "vgg16": 14_714_688,
+    "vgg19": 20_024_384,
+    "resnet18": 11_168_832,
+    "resnet34": 21_276_992,
+    "resnet50": 23_500_352,
+    "resnet20": 271_824,
+    "resnet56": 855_120,
+}
+DIMENSIONS = {"resnet50": 2048, "resnet20": 64, "resnet56": 64}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -16,12 +27,12 @@ def test_parameter_count_is_table_5s(name):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_embedding_has_512_dimensions_and_depends_on_the_image(name, generator):
+def test_embedding_has_its_width_and_depends_on_the_image(name, generator):
     network = init_network_(materialize(build_network(name, out_dim=16)), generator).eval()
     images = torch.randn(3, 3, 32, 32, generator=generator)
     with torch.no_grad():
         features = network.encoder(images)
-        assert features.shape == (3, 512)
+        assert features.shape == (3, DIMENSIONS.get(name, 512))
         assert (features[0] - features[1]).abs().max() > 1e-3
         assert network(images).shape == (3, 16)
         torch.testing.assert_close(network.bottleneck(images).norm(dim=1), torch.ones(3))

@@ -54,7 +54,7 @@ def test_run_folder_holds_what_the_readme_says(tiny_run):
     assert [row["step"] for row in rows] == [0, 3, 6, 9, 12, 15]
     start_row = rows[0]
     assert start_row["distance_total"] == 0
-    assert 0 <= start_row["kl"] < 1e-12
+    assert 0 < start_row["kl"] < 0.1  # of batch statistics against the teacher's running ones; alpha is 1e-10
     assert start_row["images_per_second"] is None
     for row in rows[1:]:
         assert row["distance_total"] == pytest.approx((row["distance_encoder"] ** 2 + row["distance_head"] ** 2) ** 0.5)
@@ -62,7 +62,7 @@ def test_run_folder_holds_what_the_readme_says(tiny_run):
         assert row["teacher_linear"] == start_row["teacher_linear"]
     config = json.loads((tiny_run / "config.json").read_text())
     assert config["flags"]["alpha"] == 1e-10
-    assert config["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(config["versions"]["torch"])
     assert "run_distill.py" in config["command"]
 
 
@@ -96,11 +96,13 @@ def test_output_starts_with_the_folder_and_ends_with_the_gain(script, tmp_path):
         assert gain == pytest.approx(student - teacher, abs=0.02)
 
 
-@pytest.mark.parametrize("flags", [(), ("--encoder", "resnet18"), ("--precision", "bf16", "--fp32-steps", "2")])
+@pytest.mark.parametrize("flags", [(), ("--encoder", "vgg11"), ("--precision", "bf16", "--fp32-steps", "2")])
 def test_same_flags_same_bytes(script, tmp_path, flags):
     for name in ("a", "b"):
         assert script("run_distill", *TINY, "--epochs", 1, *flags, "--out", tmp_path / name).code == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
+    if "vgg11" in flags:  # without batch norm, alpha = 1e-10 starts at the teacher
+        assert 0 <= read_csv(tmp_path / "a" / "log.csv")[0]["kl"] < 1e-12
 
 
 def kill_when(process, log, epoch):
@@ -167,7 +169,7 @@ def test_several_seeds_are_summed_up(script, tmp_path):
     bests = [max(row["student_knn"] for row in log[1:]) for log in logs]
     assert summary["student_knn", "final"]["mean"] == pytest.approx(sum(finals) / 2)
     assert summary["student_knn", "best"]["mean"] == pytest.approx(sum(bests) / 2)
-    assert summary["student_knn", "final"]["std"] == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5, abs=1e-9)
+    assert summary["student_knn", "final"]["std"] == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5, rel=1e-6)
     assert summary["teacher_linear", "final"]["n"] == 2
 
 
