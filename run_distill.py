@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from rtd import checkpoint, cli, distributed, logs, plots, runs
 from rtd.data import load_dataset, normalize
@@ -49,7 +48,12 @@ def parse_args(argv=None):
     add("--no-weight-norm", action="store_true", help="raw last layer, as in the authors' code; small runs may collapse")
     add("--alpha", type=cli.unit_interval, default=1e-10, help="0: the student starts at the teacher; 1: independent, worse")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=cli.positive_int, default=100, help="passes over the images; below 1000 steps expect the dip")
+    add(
+        "--epochs",
+        type=cli.non_negative_int,
+        default=100,
+        help="passes over the images; under 1000 steps expect the dip; 0: probe only",
+    )
     add("--batch-size", type=cli.positive_int, default=256, help="images a step, over all processes together")
     add("--lr", type=cli.positive_float, default=0.001, help="of AdamW, constant")
     add("--weight-decay", type=cli.non_negative_float, default=0.0, help="of weights; the paper has none")
@@ -142,7 +146,7 @@ def distill(args, data, device):
         student, FrozenTeacher(teacher, data.train.images, data.mean, data.std), args.precision, args.loss, args.compile
     )
     del teacher
-    trained = DistributedDataParallel(distiller) if distributed.world_size() > 1 else distiller
+    trained = distributed.data_parallel(distiller)
 
     log = logs.CsvLog(folder / "log.csv", COLUMNS)
     if distributed.is_main():

@@ -72,7 +72,7 @@ class Distiller(nn.Module):
             self._teacher.log_mean_exp[index],
             kind=self.kind,
             weight_norm=self.student.head.l2_bottleneck.weight_norm,
-            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            dtype=torch.bfloat16 if precision == "bf16" else None,
             diagnostics=diagnostics,
             workspace=self._workspace,
         )

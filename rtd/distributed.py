@@ -1,7 +1,8 @@
 """One run on several processes, started by torchrun: who am I, my share of the work, and putting results together.
 
 Without torchrun every function here does the obvious thing for a single process. Gradients are averaged by torch's
-DistributedDataParallel; these are the few lines around it.
+DistributedDataParallel; these are the few lines around it. Work that comes in independent units (``units``) is shared
+as whole units where there are enough of them, which needs no communication at all.
 """
 
 import contextlib
@@ -10,6 +11,9 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+_alone = False  # within ``units``, while each process works on units of its own
 
 
 def launched():
@@ -22,11 +26,11 @@ def local_rank():
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def is_main():
@@ -40,7 +44,7 @@ def process_group(device):
     if not launched():
         yield
         return
-    patience = datetime.timedelta(hours=6)  # the others wait while the main process probes or writes
+    patience = datetime.timedelta(days=30)  # waiting is normal: for the main process to probe, for others to end their units
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield
@@ -61,6 +65,46 @@ def share(batch):
     mine = batch.tensor_split(processes)[rank()]
     factor = len(mine) * processes / len(batch)
     return (mine, factor) if len(mine) else (batch[:1], 0.0)
+
+
+def units(work):
+    """Those of ``work`` (a list of independent units, the same in all processes) that this process is to do, one by one.
+
+    At least as many units as processes: every process gets units of its own and, while it is at them, is as alone as
+    without torchrun: the main process of one, who trains, prints and writes. Fewer: all processes do all units together.
+    Either way, all processes must come to the end, where they wait for each other.
+    """
+    global _alone
+    processes, mine = world_size(), work
+    if len(work) >= processes > 1:
+        mine, _alone = work[rank() :: processes], True
+    try:
+        yield from mine
+    finally:
+        _alone = False
+    barrier()
+
+
+def data_parallel(module):
+    """``module``, whose gradients are averaged over the processes if there are several.
+
+    On CUDA its batch norms then see the whole batch (they become SyncBatchNorm); on the CPU, where torch has none, each
+    process's see its own part.
+    """
+    if world_size() == 1:
+        return module
+    if next(module.parameters()).device.type == "cuda":
+        module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    elif is_main() and any(isinstance(m, torch.nn.BatchNorm2d) for m in module.modules()):
+        print("note: on CPUs each process's batch norm sees its own part of a batch, so results are not a single process's")
+    return DistributedDataParallel(module)
+
+
+def broadcast_tensors(tensors):
+    """Give all processes the main process's values of ``tensors``, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def average(tensor):

@@ -64,8 +64,12 @@ class _OnlineLogMeanExp:
 
 
 @torch.no_grad()
-def output_log_mean_exp(z, weight, dtype=torch.float32):
-    """(B, K) bottleneck vectors, (m, K) normalised weight -> (B,) log-mean-exp of the outputs, block by block."""
+def output_log_mean_exp(z, weight, dtype=None):
+    """(B, K) bottleneck vectors, (m, K) normalised weight -> (B,) log-mean-exp of the outputs, block by block.
+
+    dtype: in which the products are formed; by default z's.
+    """
+    dtype = dtype or z.dtype
     normaliser = _OnlineLogMeanExp(z[:, 0])
     blocks = _blocks(len(weight), z.device)
     block = z.new_empty(blocks[0].stop, len(z))
@@ -168,7 +172,7 @@ def last_layer_loss(
     lme_t=None,
     kind="ce",
     weight_norm=True,
-    dtype=torch.float32,
+    dtype=None,
     diagnostics=False,
     workspace=None,
 ):
@@ -177,13 +181,13 @@ def last_layer_loss(
     z, z_t: (B, K) bottleneck vectors of student and teacher. weight: (m, K) the student's raw last layer, normalised here
     unless ``weight_norm`` is False. weight_t: (m, K) the teacher's, normalised already (``L2Bottleneck.normalized_weight``).
     lme_t: (B,) the teacher's ``output_log_mean_exp`` where it is known. kind: "ce", "kl" or "mse" (``rtd.losses``).
-    dtype: in which the products with the weights are formed; everything else is in z's dtype.
+    dtype: in which the products with the weights are formed, by default z's; everything else is in z's dtype.
 
     Returns a ``LastLayerLoss``. Backward may be called once (the weight's gradient is handed out without a copy).
     """
     if kind not in LOSSES:
         raise ValueError(f"kind must be one of {LOSSES}, not {kind!r}")
-    dtype = z.dtype if dtype == torch.float32 else dtype
+    dtype = dtype or z.dtype
     if lme_t is None:
         lme_t = output_log_mean_exp(z_t, weight_t, dtype)
     arguments = (z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, workspace)

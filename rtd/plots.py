@@ -63,7 +63,8 @@ def plot_curves(log_paths, path, title=""):
         axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=name)
         if axis.lines:
             axis.legend(frameon=False)
-    _line(axes[2], logs, "kl", LOSS, "KL")
+    trained = [[row for row in log if row["epoch"] > 0] for log in logs]  # at its start a student is its teacher: KL 0
+    _line(axes[2], trained, "kl", LOSS, "KL")
     axes[2].set(xlabel="epoch", ylabel="KL(teacher || student), nats", title="distillation loss", yscale="log")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

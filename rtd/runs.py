@@ -9,12 +9,13 @@ from rtd import cli, distributed, logs
 from rtd.errors import InputError
 
 
-def open_folder(folder, args, device, may_change, products):
+def open_folder(folder, args, device, may_change, products, reads=None):
     """Say the run folder and make it ready, with a config.json. Returns whether an earlier run is being continued.
 
     ``may_change``: names of flags that may differ between a run and its --resume; any other would make the rest a
-    different experiment. ``products``: glob patterns of the files that --overwrite deletes. Raises InputError for a folder
-    that holds a run already (without --resume or --overwrite) or was run with other flags.
+    different experiment. ``products``: glob patterns of the files that --overwrite deletes. ``reads``: {name: SHA-256} of
+    the checkpoints the run reads, which config.json records. Raises InputError for a folder that holds a run already
+    (without --resume or --overwrite), or was run with other flags or other checkpoints.
     """
     folder = Path(folder)
     cli.say(folder)
@@ -28,7 +29,7 @@ def open_folder(folder, args, device, may_change, products):
         raise InputError(f"--resume: {folder} holds files but no run (config.json is missing); give another --out")
     continued = args.resume and config.exists()
     if continued:
-        _check_same_flags(config, args, may_change)
+        _check_same_run(config, args, may_change, reads)
     distributed.barrier()  # all have looked before the main process writes
     if distributed.is_main():
         if args.overwrite and used:
@@ -37,28 +38,32 @@ def open_folder(folder, args, device, may_change, products):
                     path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         if not continued:
-            logs.write_json(config, logs.provenance(args, device))
+            logs.write_json(config, logs.provenance(args, device) | ({"reads": reads} if reads else {}))
         if shutil.disk_usage(folder).free < 2**30:
             warnings.warn(f"less than 1 GB is free on the disk of {folder}", stacklevel=2)
     distributed.barrier()
     return continued
 
 
-def _check_same_flags(config, args, may_change):
+def _check_same_run(config, args, may_change, reads):
     try:
-        then = json.loads(config.read_text())["flags"]
+        contents = json.loads(config.read_text())
+        then, read = contents["flags"], contents.get("reads", {})
         now = json.loads(json.dumps(logs.flags(args)))
         changed = [name for name in now if name not in may_change and then.get(name) != now[name]]
+        replaced = [name for name, digest in (reads or {}).items() if read.get(name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{config} is damaged, so --resume cannot tell which run this is; give another --out") from error
     if changed:
         was = ", ".join(f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}" for name in changed)
         raise InputError(f"--resume: {config.parent} was run with other flags ({was}); use those, or another --out")
+    if replaced:
+        raise InputError(f"--resume: {replaced[0]} is not what it was when {config.parent} was begun; give another --out")
 
 
 def best_and_final(rows, column):
     """Maximum over the epochs after training began (what the authors report), and the last epoch's value."""
-    values = [row[column] for row in rows if row["epoch"] > 0 and row[column] is not None]
+    values = [row[column] for row in rows if (row["epoch"] > 0 or len(rows) == 1) and row[column] is not None]
     return max(values), values[-1]
 
 
