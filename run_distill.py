@@ -130,11 +130,7 @@ def distill(args, data, device):
     done, step, best, seconds, baselines = -1, 0, -math.inf, 0.0, None
     if resumed is not None:
         done, step = resumed["epoch"], resumed["step"]
-        saved = resumed["progress"]
-        best, seconds, baselines = saved["best"], saved["seconds"], saved["baselines"]
-        student.load_state_dict(resumed["student"])
-        optimizer.load_state_dict(saved["optimizer"])
-        batch_order.set_state(saved["generators"]["batch-order"])
+        best, seconds, baselines = restore(resumed, student, optimizer, batch_order, folder)
         cli.say(f"resumed after epoch {done}")
 
     # What the frozen teacher says about each image, once; then the teacher itself is not needed any more.
@@ -154,7 +150,7 @@ def distill(args, data, device):
             log.start()
         else:
             log.cut(done)
-    cli.say(table_header(args.probe))
+    cli.say(runs.table_header(args.probe))
 
     for epoch in range(done + 1, args.epochs + 1):
         row = dict.fromkeys(COLUMNS) | baselines | {"epoch": epoch}
@@ -173,7 +169,7 @@ def distill(args, data, device):
             continue
         row["seconds"] = seconds + time.perf_counter() - began
         log.append(row)
-        cli.say(table_line(row, args.probe))
+        cli.say(runs.table_line(row, args.probe))
         contents = {
             "model": model,
             "teacher": teacher_state,
@@ -211,6 +207,20 @@ def load_progress(path, args):
     if resumed["epoch"] > args.epochs:
         raise InputError(f"--epochs {args.epochs}: {path} has already run {resumed['epoch']} epochs")
     return resumed
+
+
+def restore(resumed, student, optimizer, batch_order, folder):
+    """Put back where training stood; returns the best probe so far, the seconds spent, and the baselines' probes."""
+    try:
+        saved = resumed["progress"]
+        student.load_state_dict(resumed["student"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if any(t.ndim and t.shape != p.shape for p, state in optimizer.state.items() for t in state.values()):
+            raise ValueError("its optimizer's state is of another network")
+        batch_order.set_state(saved["generators"]["batch-order"])
+        return float(saved["best"]), float(saved["seconds"]), dict(saved["baselines"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'checkpoint.pt'} cannot be resumed: {' '.join(str(error).split())[:200]}") from error
 
 
 def train_epoch(trained, optimizer, data, order, epoch, step, args):
@@ -283,20 +293,6 @@ def baseline_probes(encoder, data, args):
 
 def prefixed(prefix, values):
     return {f"{prefix}_{name}": value for name, value in values.items()}
-
-
-def table_header(probes):
-    names = {"linear": "linear %", "knn": "k-NN %"}
-    probed = "".join(f" {names[probe]:>9}" for probe in probes)
-    return f"{'epoch':>5} {'step':>7} {'loss':>9} {'KL':>9} {'distance':>8}{probed}   img/s  seconds"
-
-
-def table_line(row, probes):
-    values = [row[f"student_{probe}"] for probe in probes]
-    probed = "".join(f" {'' if value is None else f'{value:.2f}':>9}" for value in values)
-    speed = "" if row["images_per_second"] is None else f"{row['images_per_second']:.0f}"
-    start = f"{row['epoch']:5d} {row['step']:7d} {row['loss']:9.5f} {row['kl']:9.2e} {row['distance_total']:8.2f}"
-    return f"{start}{probed} {speed:>7} {row['seconds']:8.1f}"
 
 
 def draw(args, log_paths, path):

@@ -61,7 +61,7 @@ def main(args):
         for who, found in results.items():
             options = cli.probe_options(args) | {"name": who}
             if who != "input":
-                encoder = checkpoint.load_network(contents, who, device, path).encoder
+                encoder = checkpoint.load_network(contents, who, device).encoder
                 values = probe_encoder(encoder, normalised, args.precision, **options)
             elif (constants := (*normalised.mean, *normalised.std)) in pixels:  # the same for most checkpoints
                 values = pixels[constants]

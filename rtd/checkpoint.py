@@ -43,8 +43,7 @@ def load_state(path, format, keys, of, mmap=True):
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such checkpoint; it should be of {of}") from error
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is damaged or not a checkpoint of {of} ({reason[:120]})") from error
+        raise InputError(f"{path} is damaged or not a checkpoint of {of} ({_one_line(error)[:120]})") from error
     if not isinstance(state, dict) or state.get("format") != format or not set(state) >= set(keys):
         raise InputError(f"{path} is not a checkpoint of {of} (it lacks the format mark {format} or some of its parts)")
     return state
@@ -56,11 +55,45 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, mmap=True):
-    """The distillation checkpoint at ``path``; InputError unless it is one and its encoder is known."""
+    """The distillation checkpoint at ``path``; InputError unless all that is in it fits together and is finite."""
     checkpoint = load_state(path, FORMAT, KEYS, "run_distill.py (checkpoint.pt or best.pt)", mmap)
-    if not isinstance(checkpoint["model"], dict) or checkpoint["model"].get("encoder") not in ENCODERS:
+    model, data = checkpoint["model"], checkpoint["data"]
+    if not isinstance(model, dict) or model.get("encoder") not in ENCODERS:
         raise InputError(f"{path} holds an unknown encoder; known are {', '.join(ENCODERS)}")
+    try:
+        expected = build_network(**model).state_dict()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: its model settings do not fit together ({_one_line(error)})") from error
+    for which in NETWORKS:
+        check_state(path, which, checkpoint[which.replace("-", "_")], expected)
+    try:
+        constants = torch.tensor([data["mean"], data["std"]], dtype=torch.float64)
+        sound = constants.shape == (2, 3) and bool(constants.isfinite().all()) and bool((constants[1] > 0).all())
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path}: its normalisation is not a mean and a deviation above 0 for each of three channels")
     return checkpoint
+
+
+def check_state(path, which, state, expected):
+    """Raise InputError unless the state dict ``state`` has the keys, shapes and dtypes of ``expected`` and is finite."""
+    wrong = "it is not a dict of tensors"
+    if isinstance(state, dict):
+        wrong = ", ".join(sorted(map(str, state.keys() ^ expected.keys()))[:3])
+        wrong = wrong and f"missing or unknown: {wrong}"
+        for name in () if wrong else expected:
+            value, like = state[name], expected[name]
+            if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
+                wrong = f"{name} is not a tensor of shape {list(like.shape)} and {like.dtype}"
+            elif not value.isfinite().all():
+                raise InputError(f"{path}: the weights of '{which}' are not finite ({name})")
+    if wrong:
+        raise InputError(f"{path}: the weights of '{which}' do not fit its architecture ({wrong})")
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200]
 
 
 def load_spec(flag, spec):
@@ -71,16 +104,10 @@ def load_spec(flag, spec):
     return load_checkpoint(path), which
 
 
-def load_network(checkpoint, which, device="cpu", path="checkpoint"):
+def load_network(checkpoint, which, device="cpu"):
     """The ``Network`` called ``which`` ("teacher", "student" or "student-init") of a loaded checkpoint, in eval mode."""
-    if which not in NETWORKS:
-        raise InputError(f"{path} has no network '{which}': choose one of {', '.join(NETWORKS)}")
-    try:
-        network = materialize(build_network(**checkpoint["model"]), device)
-        network.load_state_dict(checkpoint[which.replace("-", "_")])
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: the weights of '{which}' do not fit its architecture ({reason[:200]})") from error
+    network = materialize(build_network(**checkpoint["model"]), device)
+    network.load_state_dict(checkpoint[which.replace("-", "_")])
     return network.eval()
 
 

@@ -61,6 +61,22 @@ def _check_same_run(config, args, may_change, reads):
         raise InputError(f"--resume: {replaced[0]} is not what it was when {config.parent} was begun; give another --out")
 
 
+def table_header(probes):
+    """Column names of ``table_line``."""
+    names = {"linear": "linear %", "knn": "k-NN %"}
+    probed = "".join(f" {names[probe]:>9}" for probe in probes)
+    return f"{'epoch':>5} {'step':>7} {'loss':>9} {'KL':>9} {'distance':>8}{probed}   img/s  seconds"
+
+
+def table_line(row, probes):
+    """A row of run_distill.py's log as one aligned line."""
+    values = [row[f"student_{probe}"] for probe in probes]
+    probed = "".join(f" {'' if value is None else f'{value:.2f}':>9}" for value in values)
+    speed = "" if row["images_per_second"] is None else f"{row['images_per_second']:.0f}"
+    start = f"{row['epoch']:5d} {row['step']:7d} {row['loss']:9.5f} {row['kl']:9.2e} {row['distance_total']:8.2f}"
+    return f"{start}{probed} {speed:>7} {row['seconds']:8.1f}"
+
+
 def best_and_final(rows, column):
     """Maximum over the epochs after training began (what the authors report), and the last epoch's value."""
     values = [row[column] for row in rows if (row["epoch"] > 0 or len(rows) == 1) and row[column] is not None]

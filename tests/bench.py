@@ -1,0 +1,228 @@
+"""Time what the scripts do against the floor and against a plain implementation; prints Markdown tables of ratios.
+
+    python tests/bench.py                     # about ten minutes on two cores; leave the machine alone meanwhile
+    python tests/bench.py --only step --encoder vgg11
+
+Everything runs on random images: the cost does not depend on what is in them. In each table all rows are measured in turn,
+round after round, and the medians compared; ratios carry over from machine to machine better than seconds do.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rtd.data import Dataset, Split, normalize  # noqa: E402
+from rtd.device import autocast, describe, pick_device  # noqa: E402
+from rtd.distill import Distiller, FrozenTeacher  # noqa: E402
+from rtd.init import init_network_, init_student_  # noqa: E402
+from rtd.models import ENCODERS, build_network, materialize  # noqa: E402
+from rtd.probes import extract_features, knn_probe, linear_probe  # noqa: E402
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
+
+
+def some_data(train, test, device):
+    """A ``Dataset`` of random images and labels."""
+    generator = torch.Generator().manual_seed(0)
+    splits = [
+        Split(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(n) % 10)
+        for n in (train, test)
+    ]
+    return Dataset("random", *splits, 10, MEAN, STD).to(device)
+
+
+def teacher_and_student(args, device):
+    networks = [
+        init_network_(materialize(build_network(args.encoder, out_dim=args.out_dim)), torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    ]
+    teacher, student = networks
+    return teacher.to(device).eval(), init_student_(student, teacher, 0.5).to(device).train()
+
+
+def medians(rows, rounds, device):
+    """{name: median seconds} of {name: function}: all rows once to warm up, then in turn."""
+    times = {name: [] for name in rows}
+    for turn in range(rounds + 1):
+        for name, function in rows.items():
+            began = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn > 0:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bare_encoder(args, device, data, precision="fp32"):
+    """The floor: forward and backward of the student's encoder alone."""
+    _, student = teacher_and_student(args, device)
+    x = normalize(data.train.images[: args.batch_size], MEAN, STD)
+
+    def step():
+        with autocast(device, precision):
+            features = student.encoder(x)
+        features.backward(torch.ones_like(features))
+        student.zero_grad()
+
+    return step
+
+
+def our_step(args, device, data, precision="fp32"):
+    """A step as run_distill.py does it."""
+    teacher, student = teacher_and_student(args, device)
+    frozen = FrozenTeacher(teacher, data.train.images, MEAN, STD)
+    distiller = Distiller(student, frozen, precision, compiled=args.compile)
+    del teacher
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.001, weight_decay=0.0, fused=device.type != "mps")
+    index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: args.batch_size].to(device)
+
+    def step():
+        loss = distiller(normalize(data.train.images[index], MEAN, STD), index).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def plain_step(args, device, data, precision="fp32"):
+    """The same step as one would first write it: both networks run, soft-max chains, diagnostics every time."""
+    teacher, student = (network.to(memory_format=torch.contiguous_format) for network in teacher_and_student(args, device))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.001, weight_decay=0.0, foreach=False, fused=False)
+    index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: args.batch_size].to(device)
+
+    def step():
+        x = normalize(data.train.images[index], MEAN, STD).contiguous()
+        with autocast(device, precision):
+            with torch.no_grad():
+                t = teacher(x)
+            s = student(x)
+        log_p_t, log_p_s = t.float().log_softmax(1), s.float().log_softmax(1)
+        loss = -(log_p_t.exp() * log_p_s).sum(1).mean()
+        with torch.no_grad():
+            entropies = [-(log_p.exp() * log_p).sum(1).mean().item() for log_p in (log_p_t, log_p_s)]
+            assert loss.item() - entropies[0] > -1e-3  # the KL
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+STEPS = {
+    "bare encoder, forward + backward": (bare_encoder, "fp32"),
+    "step": (our_step, "fp32"),
+    "plain step": (plain_step, "fp32"),
+    "bare encoder, bf16": (bare_encoder, "bf16"),
+    "step, bf16": (our_step, "bf16"),
+}
+
+
+def bench_step(args, device):
+    data = some_data(2 * args.batch_size, args.batch_size, device)
+    rows = {name: make(args, device, data, precision) for name, (make, precision) in STEPS.items()}
+    seconds = medians(rows, args.rounds, device)
+    bare, plain = seconds["bare encoder, forward + backward"], seconds["plain step"]
+    print("| | ms | x bare | plain / this | images/s |\n|---|---:|---:|---:|---:|")
+    for name, s in seconds.items():
+        print(f"| {name} | {1000 * s:.0f} | {s / bare:.2f} | {plain / s:.2f} | {args.batch_size / s:.0f} |")
+
+
+def in_child(function, *arguments):
+    """function(*arguments) in a fresh process, whose peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def own_peak_megabytes():
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def peak_memory(args, name, images):
+    """(peak megabytes beyond the imported libraries, or of the GPU; seconds per step) of a process that takes three steps."""
+    device = pick_device(args.device)
+    libraries = own_peak_megabytes()
+    data = some_data(images, args.batch_size, device)
+    step = STEPS[name][0](args, device, data, STEPS[name][1])
+    times = medians({name: step}, 3, device)[name]
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20, times
+    return own_peak_megabytes() - libraries, times
+
+
+def bench_memory(args, _):
+    found = {name: in_child(peak_memory, args, name, args.batch_size)[0] for name in ("step", "plain step")}
+    print("Memory beyond that of the imported libraries.\n")
+    print("| | peak MB | x plain |\n|---|---:|---:|")
+    for name, size in found.items():
+        print(f"| {name} | {size:.0f} | {size / found['plain step']:.2f} |")
+
+
+def bench_scaling(args, _):
+    print("| images | ms per image | peak MB | images' own MB |\n|---:|---:|---:|---:|")
+    for images in args.images:
+        size, seconds = in_child(peak_memory, args, "step", images)
+        print(f"| {images} | {1000 * seconds / args.batch_size:.2f} | {size:.0f} | {images * 3 * 32 * 32 / 2**20:.0f} |")
+
+
+def bench_probe(args, device):
+    train, test = args.probe_images
+    data = some_data(train, test, device)
+    _, student = teacher_and_student(args, device)
+    features = {}
+
+    def extract():
+        features["train"], features["test"] = (
+            extract_features(student.encoder, split.images, MEAN, STD) for split in (data.train, data.test)
+        )
+
+    def both(probe, *options):
+        return lambda: probe(features["train"], data.train.labels, features["test"], data.test.labels, *options)
+
+    rows = {"feature extraction": extract, "20-NN probe": both(knn_probe)}
+    rows["linear probe"] = lambda: both(linear_probe, 10, torch.Generator().manual_seed(0))()
+    seconds = medians(rows, 1, device)
+    print(f"\n{train} training and {test} test images:\n\n| | s | x extraction |\n|---|---:|---:|")
+    for name, s in seconds.items():
+        print(f"| {name} | {s:.1f} | {s / seconds['feature extraction']:.2f} |")
+
+
+PARTS = {"step": bench_step, "memory": bench_memory, "scaling": bench_scaling, "probe": bench_probe}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure; default all")
+    parser.add_argument("--encoder", nargs="+", choices=ENCODERS, default=["vgg11", "resnet18"])
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--out-dim", type=int, default=2**16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, nargs="+", default=[2000, 8000, 32000])
+    parser.add_argument("--probe-images", type=int, nargs=2, default=[50_000, 10_000], metavar=("TRAIN", "TEST"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the student in our step")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    print(f"{describe(device)} ({platform.machine()}, {os.cpu_count()} cores), torch {torch.__version__}, {args.rounds} rounds")
+    for encoder in args.encoder:
+        one = argparse.Namespace(**{**vars(args), "encoder": encoder})
+        for name in args.only:
+            if name == "step" or encoder == args.encoder[0]:
+                print(f"\n### {name}: {encoder}, batch {args.batch_size}, {args.out_dim} outputs\n", flush=True)
+                PARTS[name](one, device)
+
+
+if __name__ == "__main__":
+    main()
