@@ -10,7 +10,6 @@ another one is probed (transfer, Tables 2 and 4).
 Prints a table, mean +- standard deviation over the checkpoints, and writes a row for each network to --out.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from rtd import checkpoint, cli, logs
@@ -55,7 +54,7 @@ def main(args):
     results, pixels = {who: [] for who in WHO if who in args.network}, {}
     for path, contents in zip(args.checkpoints, loaded, strict=True):
         source = contents["data"]
-        normalised = replace(data, mean=tuple(source["mean"]), std=tuple(source["std"]))
+        normalised = data.with_normalization(source)
         origin = {"checkpoint": path, "sha256": checkpoint.sha256(path), "epoch": contents["epoch"]}
         origin |= {"trained_on": source["name"], "probed_on": data.name}
         for who, found in results.items():

@@ -13,8 +13,6 @@ checkpoint holds:
 """
 
 import hashlib
-import pickle
-import zipfile
 
 import torch
 
@@ -42,7 +40,7 @@ def load_state(path, format, keys, of, mmap=True):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such checkpoint; it should be of {of}") from error
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can make the unpickler fail in any way
         raise InputError(f"{path} is damaged or not a checkpoint of {of} ({_one_line(error)[:120]})") from error
     if not isinstance(state, dict) or state.get("format") != format or not set(state) >= set(keys):
         raise InputError(f"{path} is not a checkpoint of {of} (it lacks the format mark {format} or some of its parts)")

@@ -3,12 +3,15 @@
 import argparse
 import math
 import os
+import signal
 import sys
+from pathlib import Path
 
-from rtd import distributed
+from rtd import distributed, plots
 from rtd.data import DATASETS
 from rtd.device import DEVICES, PRECISIONS
 from rtd.errors import Diverged, InputError
+from rtd.models import ENCODERS
 from rtd.probes import PROBES
 
 
@@ -68,6 +71,42 @@ def add_device_flags(parser):
     )
 
 
+def add_training_flags(parser):
+    """--init, --encoder, --epochs, --batch-size, --lr, --seed: of supervised training, ``rtd.train``."""
+    group = parser.add_argument_group("supervised training")
+    group.add_argument(
+        "--init",
+        nargs="+",
+        default=["random"],
+        metavar="START",
+        help="random (random:1, random:2 for more draws) or PATH:student, PATH:teacher, PATH:student-init; compare student "
+        "with student-init, the random start it was distilled from",
+    )
+    group.add_argument("--encoder", choices=ENCODERS, help="of random starts; by default the checkpoints' own, else resnet18")
+    group.add_argument(
+        "--epochs", type=positive_int, default=160, help="of the schedule: lr falls tenfold after a half and after three quarters"
+    )
+    group.add_argument("--batch-size", type=positive_int, default=256, help="images a step; smaller sets want smaller batches")
+    group.add_argument("--lr", type=positive_float, default=0.1, help="of SGD, at first; VGG, without batch norm, wants 0.01")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of random encoders, fc, batch order and augmentation")
+
+
+def add_output_flags(parser, folder):
+    """--out, --resume, --overwrite, --save-every, --no-plot; ``folder`` is the default of --out."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", type=Path, default=Path(folder), help="run folder")
+    group.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
+    group.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out")
+    group.add_argument(
+        "--save-every",
+        type=positive_int,
+        default=1,
+        metavar="EPOCHS",
+        help="how often to save what --resume needs; more where an epoch takes seconds",
+    )
+    group.add_argument("--no-plot", action="store_true", help="do not draw the figure")
+
+
 def add_probe_flags(parser):
     """--probe, --k, --probe-epochs, --standardize."""
     group = parser.add_argument_group("probes")
@@ -89,6 +128,17 @@ def chosen_probes(parser, names):
     return [name for name in PROBES if name in names]
 
 
+def check_output_flags(parser, args):
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+
+
+def check_distinct(parser, flag, values):
+    """Refuse a list flag that names something twice."""
+    if len(set(values)) < len(values):
+        parser.error(f"{flag}: give each value once")
+
+
 def check_k(args, data):
     """Refuse, before anything is computed, a --k larger than the training split."""
     if "knn" in args.probe and args.k > len(data.train):
@@ -101,12 +151,33 @@ def say(*words):
         print(*words, flush=True)
 
 
-def run(main, args):
-    """Call main(args); turn bad input, a diverged loss, a failing write and Ctrl-C into one sentence and an exit code.
+def draw(args, plot, path, *arguments):
+    """plot(path, *arguments), unless --no-plot; without matplotlib say so."""
+    if args.no_plot:
+        return
+    if not plots.available():
+        say(f"{path.name} is not drawn: matplotlib is missing (pip install -e '.[full]')")
+        return
+    plot(path, *arguments)
+    say(f"figure: {path}")
 
-    2: bad input, or a file that cannot be written; 1: the loss is not finite; 130: interrupted.
+
+class _Terminated(BaseException):
+    """SIGTERM came; like KeyboardInterrupt, not for ``except Exception`` to swallow."""
+
+
+def _terminate(*_):
+    raise _Terminated
+
+
+def run(main, args):
+    """Call main(args); turn bad input, a diverged loss, a failing write and signals into one sentence and an exit code.
+
+    2: bad input, or a file that cannot be written; 1: the loss is not finite; 130: Ctrl-C; 143: SIGTERM, a cluster's
+    warning before it kills. All results up to the last checkpoint stand in any case.
     """
     script = os.path.basename(sys.argv[0])
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         main(args)
     except InputError as error:
@@ -116,9 +187,13 @@ def run(main, args):
     except OSError as error:
         code, message = 2, f"{error.filename or 'a file'}: {error.strerror or error}"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; --resume continues after the last finished epoch"
+        code, message = 130, "interrupted; --resume continues from the last checkpoint"
+    except _Terminated:
+        code, message = 143, "terminated; --resume continues from the last checkpoint"
     else:
         return
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if distributed.is_main():
         print(f"{script}: error: {message}", file=sys.stderr)
     sys.exit(code)

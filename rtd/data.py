@@ -53,6 +53,10 @@ class Dataset:
     def to(self, device):
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
+    def with_normalization(self, source):
+        """The same images, normalised with the "mean" and "std" of ``source``, a checkpoint's "data"."""
+        return replace(self, mean=tuple(source["mean"]), std=tuple(source["std"]))
+
 
 def normalize(images, mean, std):
     """(B, 3, H, W) uint8 -> float32 (images / 255 - mean) / std, in channels-last layout."""

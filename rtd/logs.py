@@ -45,12 +45,13 @@ class CsvLog:
             file.flush()
             os.fsync(file.fileno())
 
-    def cut(self, last_epoch):
-        """Keep the rows up to ``last_epoch``; raises InputError unless those are exactly the epochs 0 to ``last_epoch``."""
-        rows = [row for row in read_csv(self.path, self.fields) if int(row["epoch"]) <= last_epoch]
-        if [row["epoch"] for row in rows] != list(range(last_epoch + 1)):
-            raise InputError(f"{self.path} does not hold one row for each epoch from 0 to {last_epoch}, as the checkpoint asks")
-        self.start(rows)
+    def cut(self, last, column="epoch"):
+        """Keep the rows up to the epoch ``last``, or whatever ``column`` counts; InputError unless those are 0 to ``last``."""
+        rows = read_csv(self.path, self.fields)
+        kept = [row for row in rows if not isinstance(row[column], int) or row[column] <= last]
+        if [row[column] for row in kept] != list(range(last + 1)):
+            raise InputError(f"{self.path} does not hold one row for each {column} from 0 to {last}, as the checkpoint asks")
+        self.start(kept)
 
 
 def read_csv(path, fields=None):
@@ -69,6 +70,13 @@ def read_csv(path, fields=None):
     if any(len(line) != len(lines[0]) for line in lines):
         raise InputError(f"{path} has a row whose number of cells is not that of its header")
     return [dict(zip(lines[0], map(_parse, line), strict=True)) for line in lines[1:]]
+
+
+def concatenate(path, fields, parts):
+    """Write to ``path`` the rows of those of the CSV logs ``parts`` that exist yet, in their order; returns them."""
+    rows = [row for part in parts if Path(part).exists() for row in read_csv(part, fields)]
+    CsvLog(path, fields).start(rows)
+    return rows
 
 
 def _parse(cell):
@@ -114,3 +122,11 @@ def write_json(path, value):
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
+
+
+def read_json(path):
+    """The value in a JSON file; None if there is no such file or it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None

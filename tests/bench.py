@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,9 +26,11 @@ from rtd.data import Dataset, Split, normalize  # noqa: E402
 from rtd.device import autocast, describe, pick_device  # noqa: E402
 from rtd.distill import Distiller, FrozenTeacher  # noqa: E402
 from rtd.init import init_network_, init_student_  # noqa: E402
+from rtd.last_layer import last_layer_loss, output_log_mean_exp  # noqa: E402
 from rtd.models import ENCODERS, build_network, materialize  # noqa: E402
 from rtd.probes import extract_features, knn_probe, linear_probe  # noqa: E402
 
+BF16 = torch.bfloat16
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 
 
@@ -199,7 +202,32 @@ def bench_probe(args, device):
         print(f"| {name} | {s:.1f} | {s / seconds['feature extraction']:.2f} |")
 
 
-PARTS = {"step": bench_step, "memory": bench_memory, "scaling": bench_scaling, "probe": bench_probe}
+def bench_precision(args, device):
+    """What float32 and bf16 leave of a small KL and of its gradient; the truth is float64's."""
+    generator = torch.Generator().manual_seed(0)
+    draw = {name: torch.randn(n, 256, generator=generator, dtype=torch.float64) for name, n in (("z", 64), ("w", args.out_dim))}
+    move = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64) for name, x in draw.items()}
+    z_t, weight_t = F.normalize(draw["z"]), F.normalize(draw["w"])
+    print("| KL | CE - H, float32 | ours, float32 | ours, bf16 products | gradient's cosine, float32 | bf16 |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    for distance in (1.0, 0.1, 0.01, 0.001):
+        z, weight = F.normalize(draw["z"] + distance * move["z"]), draw["w"] + distance * move["w"]
+        found = {}
+        for name, kind, products in (("true", torch.float64, None), ("fp32", torch.float32, None), ("bf16", torch.float32, BF16)):
+            inputs = [x.to(kind).clone() for x in (z, weight, z_t, weight_t)]
+            inputs[0].requires_grad_()
+            lme_t = output_log_mean_exp(inputs[2], inputs[3])  # as of a frozen teacher
+            result = last_layer_loss(*inputs, lme_t, dtype=products, diagnostics=True)
+            result.loss.backward()
+            found[name] = (result.kl.item(), inputs[0].grad.double().flatten())
+        s, t = z.float() @ F.normalize(weight).float().T, z_t.float() @ weight_t.float().T
+        naive = (-(t.softmax(1) * s.log_softmax(1)).sum(1) + (t.softmax(1) * t.log_softmax(1)).sum(1)).mean().item()
+        cosine = {name: F.cosine_similarity(grad, found["true"][1], dim=0).item() for name, (_, grad) in found.items()}
+        values = [f"{x:.2e}" for x in (found["true"][0], naive, found["fp32"][0], found["bf16"][0])]
+        print("| " + " | ".join([*values, f"{cosine['fp32']:.4f}", f"{cosine['bf16']:.4f}"]) + " |")
+
+
+PARTS = {"precision": bench_precision, "step": bench_step, "memory": bench_memory, "scaling": bench_scaling, "probe": bench_probe}
 
 
 def main():

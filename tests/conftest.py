@@ -18,6 +18,10 @@ from rtd import cli  # noqa: E402
 TINY = "--subset 40 --test-subset 30 --encoder resnet20 --head-hidden 32 --bottleneck-dim 16 --out-dim 64 --batch-size 16 --k 5"
 TINY = [*TINY.split(), "--device", "cpu", "--no-plot"]
 
+# The same for the scripts that train with labels.
+SUPERVISED = "--subset 40 --test-subset 30 --encoder resnet20 --batch-size 16 --device cpu --no-plot"
+SUPERVISED = SUPERVISED.split()
+
 
 class Result:
     def __init__(self, code, out, err):

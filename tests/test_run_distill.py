@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import time
 
@@ -105,13 +106,18 @@ def test_same_flags_same_bytes(script, tmp_path, flags):
         assert 0 <= read_csv(tmp_path / "a" / "log.csv")[0]["kl"] < 1e-12
 
 
-def kill_when(process, log, epoch):
-    """SIGKILL as soon as the log has a row for ``epoch``."""
+def wait_for_epoch(process, log, epoch):
+    """Return as soon as the log has a row for ``epoch``."""
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and any(line.startswith(f"{epoch},") for line in log.read_text().split("\n")):
             break
-        time.sleep(0.01)
+        os.sched_yield()
+
+
+def kill_when(process, log, epoch):
+    """SIGKILL as soon as the log has a row for ``epoch``."""
+    wait_for_epoch(process, log, epoch)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
@@ -125,6 +131,20 @@ def test_killed_and_resumed_equals_unbroken(tiny_run, tmp_path, epoch):
     process = start("run_distill", *flags)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert_same_run(tmp_path / "run", tiny_run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_in_a_sentence_and_the_run_resumes(tiny_run, script, tmp_path, number, code):
+    flags = (*TINY, "--epochs", 5, "--out", tmp_path / "run", "--resume")
+    process = start("run_distill", *flags)
+    wait_for_epoch(process, tmp_path / "run" / "log.csv", 1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert len(err.strip().split("\n")) == 1
+    assert "--resume" in err
+    assert script("run_distill", *flags).code == 0
     assert_same_run(tmp_path / "run", tiny_run)
 
 

@@ -1,0 +1,100 @@
+"""A classifier on an encoder, and the encoders that supervised training starts from (paper section 6).
+
+On command lines a start is ``random`` (also random:1, random:2, ... for further draws of the same seed), or
+PATH:student, PATH:teacher or PATH:student-init for a network in a checkpoint of run_distill.py: its encoder with its
+buffers; the projection head is dropped and a new linear layer takes its place.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rtd import checkpoint
+from rtd.errors import InputError
+from rtd.init import init_encoder_, random_stream
+from rtd.models import build_encoder, embedding_dim, materialize
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts from: an encoder's weights and buffers, and the normalisation of images that goes with them.
+
+    sha256: of the checkpoint; None for a random encoder.
+    """
+
+    spec: str
+    encoder: str
+    state: dict
+    mean: tuple
+    std: tuple
+    sha256: str | None = None
+
+    @property
+    def kind(self):
+        """What it is, whatever run or draw it is from: "random", or "student" and the like for a checkpoint."""
+        return "random" if self.sha256 is None else self.spec.rpartition(":")[2]
+
+
+def load_starts(specs, encoder, data, seed):
+    """[``Start``] of what --init gives: "random" (or random:1, random:2, ... for further draws) or PATH:NETWORK.
+
+    encoder: the value of --encoder; None is the checkpoints' own, or resnet18 without any. All must be of one architecture.
+    Random encoders are normalised for ``data``; those of a checkpoint as they were there.
+    """
+    is_random = [spec.partition(":")[0] == "random" for spec in specs]
+    loaded = [None if r else checkpoint.load_spec("--init", spec) for r, spec in zip(is_random, specs, strict=True)]
+    encoder = encoder or next((found[0]["model"]["encoder"] for found in loaded if found), "resnet18")
+    starts = []
+    for spec, found in zip(specs, loaded, strict=True):
+        if found is None:
+            network = init_encoder_(materialize(build_encoder(encoder)), random_stream(seed, "encoder-init", _draw(spec)))
+            starts.append(Start(spec, encoder, network.state_dict(), data.mean, data.std))
+            continue
+        contents, which = found
+        path, of = spec.rpartition(":")[0], contents["model"]["encoder"]
+        if of != encoder:
+            raise InputError(f"--init {spec}: its encoder is {of}, not {encoder}; --encoder and all of --init must agree")
+        state = checkpoint.load_network(contents, which).encoder.state_dict()
+        mean, std = tuple(contents["data"]["mean"]), tuple(contents["data"]["std"])
+        starts.append(Start(spec, encoder, state, mean, std, checkpoint.sha256(path)))
+    return starts
+
+
+def _draw(spec):
+    """random -> 0, random:N -> N."""
+    _, colon, number = spec.partition(":")
+    if colon and not number.isdecimal():
+        raise InputError(f"--init {spec}: give random, random:1, random:2 ... or PATH:NETWORK")
+    return int(number or 0)
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear classifier on its embedding."""
+
+    def __init__(self, encoder, fc):
+        super().__init__()
+        self.encoder = encoder
+        self.fc = fc
+
+    def forward(self, images):
+        """(B, 3, H, W) normalised images -> (B, classes) logits, float32 also under autocast."""
+        return self.fc(self.encoder(images)).float()
+
+
+def empty_classifier(encoder, num_classes):
+    """``Classifier`` with the encoder called ``encoder``, on the meta device."""
+    encoder = build_encoder(encoder)
+    with torch.device("meta"):
+        return Classifier(encoder, nn.Linear(embedding_dim(encoder), num_classes))
+
+
+def build_classifier(start, num_classes, generator):
+    """``Classifier`` of the encoder of ``start``, buffers included, and a new fc: U(-1/sqrt(d), 1/sqrt(d)), d its inputs."""
+    classifier = materialize(empty_classifier(start.encoder, num_classes))
+    classifier.encoder.load_state_dict(start.state)
+    bound = 1 / math.sqrt(classifier.fc.in_features)
+    for parameter in classifier.fc.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return classifier

@@ -1,0 +1,131 @@
+"""Masks: exactly as many as asked for, the smallest, for good; pruned weights stay 0 whatever the optimizer does."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rtd.classifier import empty_classifier
+from rtd.init import init_encoder_
+from rtd.models import materialize, parameter_count
+from rtd.pruning import Masking, dense_masks, kept_after, prunable, prune_smallest, remaining
+
+
+def some_weights(generator, sizes=((7, 3, 2), (11,), (5, 5))):
+    return {f"w{i}": torch.randn(size, generator=generator) for i, size in enumerate(sizes)}
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def test_what_may_be_pruned():
+    model = empty_classifier("resnet18", 10)
+    weights = prunable(model, "weights")
+    assert all(name.endswith(".weight") and weight.ndim in (2, 4) for name, weight in weights.items())
+    assert sum(w.numel() for w in weights.values()) == 11_168_832 + 512 * 10 - 2 * 4_800  # without 4,800 gains and as many biases
+    assert "fc.weight" in weights and "encoder.conv1.weight" in weights
+    everything = prunable(model, "all")
+    assert sum(w.numel() for w in everything.values()) == parameter_count(model)
+    assert "fc.bias" in everything and "encoder.bn1.weight" in everything
+    assert all(weight is model.get_parameter(name) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.1, 0.37])
+def test_after_r_rounds_the_pruned_fraction_is_the_papers(generator, fraction):
+    """p_r as the sum of section 6, in exact arithmetic up to one weight; the kept ones are the largest, and masks only shrink."""
+    weights = some_weights(generator, ((101, 7), (333,)))
+    masks, total, pruned = dense_masks(weights), 1040, 0.0
+    for r in range(1, 15):
+        before = masks
+        weights = {name: torch.randn(w.shape, generator=generator) for name, w in weights.items()}  # "trained" anew
+        masks = prune_smallest(before, weights, remaining(before) - kept_after(total, fraction, r))
+        pruned += (1 - fraction) ** (r - 1) * fraction
+        assert abs(total - remaining(masks) - pruned * total) <= 1
+        was, now, size = flat(before).numpy(), flat(masks).numpy(), flat(weights).abs().numpy()
+        assert not np.any(now & ~was)
+        assert size[now].min() >= size[was & ~now].max()  # over all tensors together
+        assert [mask.shape for mask in masks.values()] == [w.shape for w in weights.values()]
+
+
+def test_ties_prune_no_more_than_asked():
+    masks = prune_smallest({"w": torch.ones(10, dtype=torch.bool)}, {"w": torch.tensor([1.0, -1] * 5)}, 2)
+    assert masks["w"].tolist() == [False] * 2 + [True] * 8
+    weights = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
+    masks = prune_smallest(dense_masks(weights), weights, 4)
+    assert flat(masks).tolist() == [False] * 4 + [True] * 3
+    assert flat(prune_smallest(masks, weights, 3)).tolist() == [False] * 7
+
+
+def test_pruned_weights_are_not_counted_again():
+    masks, weights = {"w": torch.tensor([False, True, True, True])}, {"w": torch.tensor([0.0, 3.0, -2.0, 1.0])}
+    assert prune_smallest(masks, weights, 1)["w"].tolist() == [False, True, True, False]
+    assert masks["w"].tolist() == [False, True, True, True]  # what came in is left alone
+
+
+def test_more_than_is_left_is_refused(generator):
+    weights = some_weights(generator)
+    masks = prune_smallest(dense_masks(weights), weights, 70)
+    for count in (remaining(masks) + 1, -1):
+        with pytest.raises(ValueError, match="8 are left"):
+            prune_smallest(masks, weights, count)
+    assert remaining(prune_smallest(masks, weights, remaining(masks))) == 0
+    with pytest.raises(ValueError, match="names"):
+        prune_smallest(masks, {"other": weights["w0"]}, 1)
+
+
+def test_masks_that_do_not_fit_are_refused(generator):
+    weights = some_weights(generator)
+    for masks in ({"w0": torch.ones(7, 3, 2)}, dense_masks(weights) | {"w1": torch.ones(12, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match="fit"):
+            Masking(weights, masks)
+
+
+def small_network(generator):
+    model = materialize(empty_classifier("resnet20", 10))
+    init_encoder_(model, generator)
+    weights = prunable(model)
+    masks = prune_smallest(dense_masks(weights), weights, 100_000)
+    return model, weights, masks
+
+
+def test_pruned_weights_are_zero_after_every_step_with_momentum_and_decay(generator):
+    model, weights, masks = small_network(generator)
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=True)
+    loss(model, generator, 8).backward()
+    optimizer.step()  # a dense step leaves momentum in all weights, as rewinding to a later epoch does
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(start[name])
+    masking = Masking(weights, masks)
+    masking()
+    assert all(torch.equal(weight, start[name] * masks[name]) for name, weight in weights.items())
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model, generator, 8).backward()
+        optimizer.step()
+        assert any((weight[~masks[name]] != 0).any() for name, weight in weights.items())  # the step does move them
+        masking()
+        assert all((weight[~masks[name]] == 0).all() for name, weight in weights.items())
+        assert all((weight[masks[name]] != 0).any() for name, weight in weights.items())
+
+
+def loss(model, generator, n):
+    images = torch.randn(n, 3, 32, 32, generator=generator)
+    return F.cross_entropy(model.train()(images), torch.randint(10, (n,), generator=generator))
+
+
+def test_the_masked_step_costs_at_most_a_twentieth_more(generator):
+    model, weights, masks = small_network(generator)
+    masking = Masking(weights, masks)
+
+    def seconds(function):
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    step = min(seconds(lambda: loss(model, generator, 32).backward()) for _ in range(2))
+    assert min(seconds(masking) for _ in range(5)) < 0.05 * step
