@@ -74,10 +74,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / f"distill-{args.dataset}-{args.encoder}"
     args.probe = cli.chosen_probes(parser, args.probe)
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
-    if len(set(args.seed)) < len(args.seed):
-        parser.error("--seed: give each seed once")
+    cli.check_output_flags(parser, args)
+    cli.check_distinct(parser, "--seed", args.seed)
     return args
 
 
@@ -96,7 +94,7 @@ def main(args):
             if args.probe:
                 columns = [column for column in PROBED if column.split("_")[1] in args.probe]
                 runs.summarize(args.out / "summary.csv", log_paths, columns)
-            draw(args, log_paths, args.out / "curves.png")
+            cli.draw(args, plots.plot_curves, args.out / "curves.png", log_paths, title(args))
 
 
 def distill(args, data, device):
@@ -194,7 +192,7 @@ def distill(args, data, device):
         checkpoint.save_checkpoint(folder / "checkpoint.pt", contents)
 
     if distributed.is_main():
-        draw(args, [log.path], folder / "curves.png")
+        cli.draw(args, plots.plot_curves, folder / "curves.png", [log.path], title(args))
         if args.probe:
             runs.say_result(logs.read_csv(log.path, COLUMNS), args.probe)
 
@@ -295,15 +293,8 @@ def prefixed(prefix, values):
     return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
-def draw(args, log_paths, path):
-    """Fig. 1 from the log, or from several seeds' logs."""
-    if args.no_plot:
-        return
-    if not plots.available():
-        cli.say(f"{path.name} is not drawn: matplotlib is missing (pip install -e '.[full]')")
-        return
-    plots.plot_curves(log_paths, path, f"{args.encoder} on {args.dataset}, alpha = {args.alpha:g}")
-    cli.say(f"curves: {path}")
+def title(args):
+    return f"{args.encoder} on {args.dataset}, alpha = {args.alpha:g}"
 
 
 if __name__ == "__main__":

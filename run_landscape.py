@@ -85,7 +85,7 @@ def main(args):
         return
     device = pick_device(args.device)
     with distributed.process_group(device):
-        contents, states = load_networks(args)
+        contents, states, names = load_networks(args)
         data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
         cli.check_k(args, data)
         data = data.with_normalization(contents["data"]).to(device)
@@ -112,7 +112,7 @@ def main(args):
             row = dict.fromkeys(COLUMNS) | {"i": i, "j": j, "x": x, "y": y} | norms(network)
             log.append(row | landscape.evaluate(network, name="landscape", **cli.probe_options(args)))
         if distributed.is_main():
-            finish(args, grid, plane)
+            finish(args, grid, plane, names)
 
 
 def path_of(spec):
@@ -120,7 +120,7 @@ def path_of(spec):
 
 
 def load_networks(args):
-    """The origin's checkpoint, whose teacher is everyone's, and the state dicts of the three networks."""
+    """The origin's checkpoint, whose teacher is everyone's, and the state dicts of the three networks and their names."""
     loaded = [checkpoint.load_spec(f"--{axis.replace('_', '-')}", getattr(args, axis)) for axis in AXES]
     origin = loaded[0][0]
     for (contents, _), axis in zip(loaded[1:], AXES[1:], strict=True):
@@ -133,7 +133,8 @@ def load_networks(args):
             raise InputError(
                 f"{both} have different teachers, so the loss would not be that of both; distil with the same --seed"
             )
-    return origin, [contents[which.replace("-", "_")] for contents, which in loaded]
+    names = {axis: label(*network) for axis, network in zip(AXES, loaded, strict=True)}
+    return origin, [contents[which.replace("-", "_")] for contents, which in loaded], names
 
 
 def make_grid(args, plane):
@@ -182,12 +183,12 @@ def write_rows(folder, rows):
         part.unlink()
 
 
-def finish(args, grid, plane):
+def finish(args, grid, plane, names):
     """Merge, draw, and say how asymmetric the valley is."""
     rows = saved_rows(args.out, grid)
     write_rows(args.out, rows)
     corners = zip(AXES, plane.corners(), strict=True)
-    points = [{"name": label(getattr(args, axis)), "x": x, "y": y} for axis, (x, y) in corners]
+    points = [{"name": names[axis], "x": x, "y": y} for axis, (x, y) in corners]
     logs.CsvLog(args.out / "points.csv", POINTS).start(points)
     for eps, minus, plus in asymmetry(rows)[:3]:
         cli.say(f"train KL at x = -{eps:g}: {minus:.3e}, at +{eps:g}: {plus:.3e}; ratio {minus / plus:.2f}")
@@ -196,10 +197,13 @@ def finish(args, grid, plane):
         cli.draw(args, plot_landscape.plot_surface, args.out / "landscape-surface.png", args.out / "landscape.csv")
 
 
-def label(spec):
-    """A network's name in pictures: "teacher", "student (run a)" from runs/a/checkpoint.pt:student."""
-    path, _, which = spec.rpartition(":")
-    return which if which == "teacher" else f"{which} ({Path(path).parent.name})"
+def label(contents, which):
+    """A network's name as in the paper: theta_T, theta_S(alpha) before training, theta*_S(alpha) after."""
+    if which == "teacher":
+        return "theta_T"
+    alpha = contents["config"].get("flags", {}).get("alpha", "?")
+    alpha = 0 if alpha == 1e-10 else alpha  # as the paper writes it
+    return f"theta{'*' if which == 'student' else ''}_S({alpha:g})" if alpha != "?" else "theta_S"
 
 
 def draw_only(args):

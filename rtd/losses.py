@@ -45,7 +45,9 @@ def kl_divergence(student_logits, teacher_logits):
     """KL(p_t || p_s) of each image: two (..., m) tensors of logits -> (...), in nats; no cancellation, never negative."""
     log_ratio_s = student_logits - log_mean_exp(student_logits).unsqueeze(-1)
     log_ratio_t = teacher_logits - log_mean_exp(teacher_logits).unsqueeze(-1)
-    return (teacher_logits.softmax(-1) * exp_minus_one_minus(log_ratio_s - log_ratio_t)).sum(-1)
+    p_s, p_t, d = student_logits.softmax(-1), teacher_logits.softmax(-1), log_ratio_s - log_ratio_t
+    # far apart, exp(d) may overflow where p_t underflows; p_t exp(d) is p_s, and nothing cancels
+    return torch.where(d.abs() < 1, p_t * exp_minus_one_minus(d), p_s - p_t * (1 + d)).sum(-1)
 
 
 def entropy(logits):

@@ -31,6 +31,11 @@ def _points(path):
     return [(row["name"], row["x"], row["y"]) for row in read_csv(beside)] if beside.exists() else []
 
 
+def _math(name):
+    """theta*_S(0) as matplotlib sets formulas."""
+    return "$" + name.replace("theta*", r"\theta^*").replace("theta_", r"\theta_") + "$"
+
+
 def _finite(grid):
     return [v for line in grid for v in line if math.isfinite(v)]
 
@@ -66,7 +71,9 @@ def plot(path, csv_paths, orthogonal=False):
                 inside = xs[0] <= x <= xs[-1] and ys[0] <= y <= ys[-1]
                 if inside:
                     axis.plot(x, y, "o", color="#D55E00", markeredgecolor="white", markersize=6)
-                    axis.annotate(label, (x, y), (4, 5), textcoords="offset points", color="white", fontsize="small")
+                    left = x > (xs[0] + xs[-1]) / 2
+                    place = {"xytext": (-6 if left else 6, 6), "textcoords": "offset points", "ha": "right" if left else "left"}
+                    axis.annotate(_math(label), (x, y), color="white", **place)
             axis.set(title=f"{Path(csv_path).parent.name}: {title}", xlabel="x", ylabel="y")
             if orthogonal:
                 axis.set_aspect("equal")

@@ -51,7 +51,7 @@ def _line(axis, logs, column, color, label, style="-"):
         axis.fill_between(epochs, [m - s for m, s in stats], [m + s for m, s in stats], color=color, alpha=0.2, linewidth=0)
 
 
-def plot_curves(log_paths, path, title=""):
+def plot_curves(path, log_paths, title=""):
     """Fig. 1: test accuracy of both probes for student, teacher and input against the epoch, and the KL, as a PNG.
 
     ``log_paths``: log.csv of one run, or of several seeds (mean and band).

@@ -86,3 +86,11 @@ def test_phi_is_smooth_across_the_switch_from_its_series():
 def test_mean_squared_error(generator):
     s, t = torch.randn(2, 3, 50, generator=generator)
     np.testing.assert_allclose(losses.mean_squared_error(s, t), ((s - t).numpy() ** 2).mean(1), rtol=1e-5)
+
+
+def test_kl_of_distributions_far_apart_is_finite_and_right():
+    teacher = torch.tensor([[0.0, 200.0, -300.0], [50.0, 0.0, 0.0]])
+    student = torch.tensor([[0.0, 0.0, 300.0], [-50.0, 10.0, 0.0]])
+    log_p, log_q = (x.double().log_softmax(1) for x in (teacher, student))
+    found = losses.kl_divergence(student, teacher).double()
+    torch.testing.assert_close(found, (log_p.exp() * (log_p - log_q)).sum(1), rtol=1e-6, atol=0)

@@ -1,0 +1,134 @@
+"""Losses at a point against the plain float64 formulas; the teacher at KL 0; a quadratic "network" with a known surface."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rtd import landscape, losses
+from rtd.data import Dataset, Split, normalize
+from rtd.init import init_network_, init_student_
+from rtd.landscape import LOSSES, Landscape, asymmetry, divergences, norms
+from rtd.last_layer import output_log_mean_exp
+from rtd.models import build_network, materialize
+from rtd.probes import probe_encoder
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+PLAIN = (losses.kl_divergence, losses.cross_entropy, losses.mean_squared_error, lambda s, t: losses.entropy(s))
+
+
+@pytest.fixture
+def data(generator):
+    splits = [
+        Split(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(n) % 3) for n in (23, 11)
+    ]
+    return Dataset("random", *splits, 3, MEAN, STD)
+
+
+def networks(alpha, name="vgg11"):
+    found = [
+        init_network_(
+            materialize(build_network(name, out_dim=300, hidden_dim=32, bottleneck_dim=16)), torch.Generator().manual_seed(seed)
+        ).eval()
+        for seed in (0, 1)
+    ]
+    return found[0], init_student_(found[1], found[0], alpha)
+
+
+@pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("block", [100, 300, 1000])
+def test_one_pass_gives_the_float64_values(generator, monkeypatch, distance, block):
+    monkeypatch.setattr(landscape, "BLOCK", block)
+    z_t, weight_t, z, weight = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (7, 300, 7, 300))
+    z, weight = F.normalize(z_t + distance * z), F.normalize(weight_t + distance * weight)
+    z_t, weight_t = F.normalize(z_t), F.normalize(weight_t)
+    s, t = z @ weight.T, z_t @ weight_t.T
+    expected = torch.stack([function(s, t).sum() for function in PLAIN])
+    found = divergences(z, weight, z_t, weight_t, output_log_mean_exp(z_t, weight_t))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    single = [x.float() for x in (z, weight, z_t, weight_t)]
+    found = divergences(*single, output_log_mean_exp(*single[2:]))
+    torch.testing.assert_close(found.double()[1:], expected[1:], rtol=1e-5, atol=1e-12)  # the MSE is of squared differences
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-2 if distance < 1e-3 else 1e-4)
+
+
+@pytest.mark.parametrize("encoder_only", [False, True])
+def test_a_point_is_the_mean_over_all_images(data, encoder_only):
+    teacher, student = networks(0.3)
+    row = Landscape(teacher, data, encoder_only, batch_size=8).evaluate(student)
+    with torch.no_grad():
+        for split in ("train", "test"):
+            x = normalize(getattr(data, split).images, MEAN, STD)
+            s, t = ((n.encoder if encoder_only else n)(x).double() for n in (student, teacher))
+            for name, function in zip(LOSSES, PLAIN, strict=True):
+                assert row[f"{split}_{name}"] == pytest.approx(function(s, t).mean().item(), rel=2e-4), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("encoder_only", [False, True])
+def test_the_teacher_is_at_kl_zero(data, encoder_only, precision):
+    teacher, student = networks(0.3)
+    place = Landscape(teacher, data, encoder_only, precision, batch_size=8)
+    assert abs(place.evaluate(teacher)["train_kl"]) < 1e-12
+    assert place.evaluate(student)["train_kl"] > 1e-5
+
+
+def test_a_quadratic_network_gives_the_analytic_surface(data):
+    """Embedding (theta, 0): the KL to the teacher's is that of two such soft-maxes, and the MSE (theta - theta_T)^2 / 2."""
+
+    class Constant(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = nn.Parameter(torch.tensor(value))
+
+        def forward(self, images):
+            return torch.stack([self.value, torch.zeros(())]).expand(len(images), 2)
+
+    class Quadratic(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.encoder, self.head = Constant(value), nn.Module()
+            self.head.l2_bottleneck = nn.Module()
+            self.head.l2_bottleneck.normalized_weight = lambda: None
+
+    place = Landscape(Quadratic(0.5), data, encoder_only=True)
+    for theta in (-2.0, 0.5, 0.6, 3.0):
+        row = place.evaluate(Quadratic(theta))
+        p, q = 1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(-theta))
+        kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        assert row["train_kl"] == pytest.approx(kl, rel=1e-6, abs=1e-7)
+        assert row["test_mse"] == pytest.approx((theta - 0.5) ** 2 / 2, abs=1e-6)
+
+
+def test_probes_are_those_of_the_encoder(data):
+    teacher, student = networks(0.3)
+    options = {"probes": ["linear", "knn"], "k": 3, "epochs": 2, "seed": 1, "name": "x"}
+    row = Landscape(teacher, data).evaluate(student, **options)
+    assert {name: row[name] for name in ("linear", "knn")} == probe_encoder(student.encoder, data, **options)
+
+
+def test_what_is_not_finite_is_nan_and_no_error(data):
+    teacher, student = networks(0.3)
+    with torch.no_grad():
+        student.encoder.features[0].weight.fill_(float("inf"))
+    row = Landscape(teacher, data).evaluate(student, probes=["linear", "knn"], k=3)
+    assert all(math.isnan(row[name]) for name in ("train_kl", "test_ce", "linear", "knn"))
+
+
+def test_norms():
+    _, student = networks(0.3)
+    found = norms(student)
+    encoder, head = (
+        math.sqrt(sum((p.double() ** 2).sum().item() for p in part.parameters())) for part in (student.encoder, student.head)
+    )
+    expected = {"norm_encoder": encoder, "norm_head": head, "norm_total": math.hypot(encoder, head)}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_asymmetry_pairs_points_on_the_axis():
+    rows = [
+        {"x": x, "y": y, "train_kl": kl} for x, y, kl in ((-1, 0, 8.0), (1, 0, 2.0), (0, 0, 0.0), (0.5, 0, 1.0), (-1, 1, 9.0))
+    ]
+    assert asymmetry(rows) == [(1, 8.0, 2.0)]
