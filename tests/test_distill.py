@@ -94,6 +94,7 @@ def test_bf16_changes_the_loss_little_and_the_teachers_side_not_at_all(generator
     assert kl["bf16"] != kl["fp32"]
 
 
+@pytest.mark.slow
 def test_compiled_student_gives_the_same_loss_and_no_prefixed_weights(generator):
     teacher, student = pair()
     for network in (teacher, student):  # one convolution is compiled in seconds

@@ -51,6 +51,7 @@ def test_two_processes_train_as_one(script, tmp_path, encoder):
             assert b["teacher_knn"] == a["teacher_knn"]
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_resumes(tmp_path):
     flags = [*TINY, "--encoder", "vgg11", "--alpha", "0.5", "--probe", "none", "--resume", "--out", tmp_path / "run"]
     for epochs in ("1", "2"):

@@ -123,7 +123,7 @@ def kill_when(process, log, epoch):
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("epoch", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_unbroken(tiny_run, tmp_path, epoch):
     """SIGKILL right after the log row of an epoch, which is before or while its checkpoint is written."""
     flags = (*TINY, "--epochs", 5, "--out", tmp_path / "run", "--resume")
@@ -134,7 +134,7 @@ def test_killed_and_resumed_equals_unbroken(tiny_run, tmp_path, epoch):
     assert_same_run(tmp_path / "run", tiny_run)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_stops_in_a_sentence_and_the_run_resumes(tiny_run, script, tmp_path, number, code):
     flags = (*TINY, "--epochs", 5, "--out", tmp_path / "run", "--resume")
     process = start("run_distill", *flags)

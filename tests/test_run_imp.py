@@ -131,7 +131,7 @@ def test_pruned_are_the_smallest_of_the_trained_weights(script, tmp_path, monkey
     assert read_csv(tmp_path / "run" / "imp.csv")[-1]["remaining_parameters"] == 272_474 // 2
 
 
-@pytest.mark.parametrize("chain, rows", [("init0-rewind0", 1), ("init0-rewind1", 0)])
+@pytest.mark.parametrize("chain, rows", [("init0-rewind0", 1), pytest.param("init0-rewind1", 0, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_unbroken(imp_run, tmp_path, chain, rows):
     """SIGKILL when a chain has so many rows and a checkpoint: between rounds, or inside the first."""
     out = tmp_path / "run"
@@ -165,7 +165,7 @@ def stop_in_epoch(monkeypatch, number):
     monkeypatch.setattr(Trainer, "train_epoch", interrupted)
 
 
-@pytest.mark.parametrize("save_every", [1, 2])
+@pytest.mark.parametrize("save_every", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_interrupted_anywhere_and_resumed_equals_unbroken(imp_run, script, tmp_path, monkeypatch, save_every):
     flags = (*FLAGS, "--out", tmp_path / "run", "--resume", "--save-every", save_every)
     for number in (1, 3, 2, 4):
@@ -325,6 +325,7 @@ def test_two_processes_share_chains_and_get_the_same_files(tmp_path):
     assert tuple(COLUMNS.split(",")) == run_imp.COLUMNS
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_chain_together(tmp_path):
     """VGG11, without batch norm: gradients averaged over uneven parts are those of the whole batch."""
     flags = [*SUPERVISED, "--encoder", "vgg11", "--lr", 0.01, "--subset", 39, "--epochs", 2, "--rounds", 1]

@@ -73,7 +73,7 @@ def test_rows_are_the_grid_and_the_teacher_is_at_kl_zero(finished, pair):
     assert json.loads((finished / "config.json").read_text())["reads"][f"{pair[0]}:teacher"] == checkpoint.sha256(pair[0])
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_unbroken(finished, pair, tmp_path, rows):
     flags = [*plane(pair), *GRID, "--no-plot", "--out", tmp_path / "run", "--resume"]
     process = start("run_landscape", *flags)

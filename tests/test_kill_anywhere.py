@@ -1,0 +1,67 @@
+"""Processes killed at random moments, again and again, and resumed until they finish: the same files as an unbroken run."""
+
+import csv
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import SUPERVISED, TINY, start
+from test_run_distill import assert_same_tree
+
+TIMINGS = ("images_per_second", "seconds")
+KILLS = 8
+RUNS = {
+    "run_distill": ([*TINY, "--epochs", "8"], ["log.csv"], ["checkpoint.pt", "best.pt"]),
+    "run_imp": ([*SUPERVISED, "--epochs", "3", "--rounds", "3"], ["imp.csv"], ["chains/init0-rewind0.pt"]),
+    "run_lmc": (
+        [*SUPERVISED, "--epochs", "3", "--runs", "2", "--points", "8"],
+        ["lmc.csv", "barriers.csv"],
+        ["runs/init0-run1.pt"],
+    ),
+    "run_landscape": (["--x-range", "-1", "1", "9", "--y-range", "-1", "1", "7", "--probe", "knn"], ["landscape.csv"], []),
+}
+
+
+def rows(path):
+    with open(path) as file:
+        return [{name: cell for name, cell in row.items() if name not in TIMINGS} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments_ends_as_unbroken(name, tiny_run, tmp_path):
+    flags, tables, states = RUNS[name]
+    if name == "run_landscape":
+        path = tiny_run / "checkpoint.pt"
+        other = tmp_path / "other" / "checkpoint.pt"
+        process = start("run_distill", *TINY, "--alpha", "1", "--epochs", "1", "--probe", "none", "--out", other.parent)
+        assert process.wait(300) == 0
+        axes = ["--origin", f"{path}:teacher", "--x-axis", f"{path}:student", "--y-axis", f"{other}:student"]
+        flags = [*flags, *axes, "--subset", "40", "--test-subset", "30", "--k", "5", "--no-plot"]
+    began = time.monotonic()
+    process = start(name, *flags, "--out", tmp_path / "unbroken")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    duration = time.monotonic() - began
+
+    rng, kills = random.Random(name), 0
+    for _ in range(KILLS):
+        process = start(name, *flags, "--out", tmp_path / "broken", "--resume")
+        try:
+            process.communicate(timeout=rng.uniform(0.2, 1) * duration)
+        except subprocess.TimeoutExpired:
+            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+            _, err = process.communicate(timeout=60)
+            assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM, 143), err
+            kills += 1
+    process = start(name, *flags, "--out", tmp_path / "broken", "--resume")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert kills >= 2, "hardly any run was killed"
+    for table in tables:
+        assert rows(tmp_path / "broken" / table) == rows(tmp_path / "unbroken" / table)
+    for state in states:
+        assert_same_tree(*(torch.load(tmp_path / f / state, weights_only=True) for f in ("broken", "unbroken")))
