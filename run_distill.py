@@ -248,7 +248,7 @@ def train_epoch(trained, optimizer, data, order, epoch, step, args):
             if hasattr(bar, "set_postfix"):
                 bar.set_postfix(loss=f"{losses[i].item():.4f}")
     loss = distributed.average(weighted_mean(losses, [len(batch) for batch in batches]))
-    if not torch.isfinite(loss):
+    if not all(tensor.isfinite().all() for tensor in (loss, *trained.parameters())):  # the last step may have done it
         stop_diverged(epoch, step, args)
     means = distributed.average(weighted_mean(torch.stack(watched), sizes))
     return dict(zip(TRAINING, [loss.item(), *means.tolist()], strict=True)), step

@@ -19,7 +19,7 @@ from rtd import checkpoint, cli, distributed, logs, plot_landscape, plots, runs
 from rtd.data import load_dataset
 from rtd.device import describe, pick_device
 from rtd.errors import InputError
-from rtd.interpolation import CENTERS, PLANES, Plane, recompute_batch_norm_
+from rtd.interpolation import CENTERS, PLANES, Plane
 from rtd.landscape import LOSSES, Landscape, asymmetry, norms
 from rtd.progress import progress
 
@@ -29,6 +29,7 @@ POINTS = ("name", "x", "y")
 PRODUCTS = ("config.json", "landscape*.csv", "points.csv", "landscape*.png")
 MAY_CHANGE = ("out", "resume", "overwrite", "no_plot", "surface", "data_dir", "download", "device")  # on --resume
 AXES = ("origin", "x_axis", "y_axis")
+TEACHER = "theta_T"
 
 
 def parse_args(argv=None):
@@ -42,14 +43,20 @@ def parse_args(argv=None):
     for axis in "xy":
         add(f"--{axis}-range", nargs=3, metavar=("MIN", "MAX", "N"), help="N points; by default 25, around the three networks")
     add("--encoder-only", action="store_true", help="KL between softmaxed embeddings, without the head (Figs. 15, 16)")
-    add("--bn-statistics", choices=("recompute", "interpolate"), default="recompute", help="of batch norm, where there is any")
+    add(
+        "--bn-statistics",
+        choices=("interpolate", "recompute"),
+        default="interpolate",
+        help="of batch norm, where there is any: interpolate keeps the three networks as they are, with KL 0 at the teacher; "
+        "recompute estimates them from the training images at each point, the teacher's included, who was used without",
+    )
     add("--batch-size", type=cli.positive_int, default=256, help="images at a time; changes the speed alone")
     add("--seed", type=cli.non_negative_int, default=0, help="of the linear probes")
     cli.add_data_flags(parser)
     cli.add_probe_flags(parser)
     cli.add_device_flags(parser)
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, default=Path("runs/landscape"), help="run folder; with --plot-only, the picture")
+    add("--out", type=Path, help="run folder, by default runs/landscape; with --plot-only the picture, by default beside the CSV")
     add("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
     add("--no-plot", action="store_true", help="do not draw landscape.png")
@@ -57,6 +64,7 @@ def parse_args(argv=None):
     add("--plot-only", nargs="+", type=Path, metavar="CSV", help="compute nothing: draw these, side by side, into --out")
     args = parser.parse_args(argv)
     args.probe = cli.chosen_probes(parser, args.probe)
+    args.out = args.out or (args.plot_only[0].with_suffix(".png") if args.plot_only else Path("runs/landscape"))
     cli.check_output_flags(parser, args)
     if args.plot_only is None:
         for axis in AXES:
@@ -72,11 +80,11 @@ def parse_range(parser, flag, words):
     """["MIN", "MAX", "N"] -> [min, max, n]; one point may have MIN = MAX."""
     try:
         low, high, n = float(words[0]), float(words[1]), int(words[2])
-        if not (-1e9 < low <= high < 1e9 and n >= 1 and (low < high or n == 1)):
+        if not (-1e9 < low <= high < 1e9 and 1 <= n <= 10_000 and (low < high or n == 1)):
             raise ValueError
     except ValueError:
         parser.error(f"{flag} {' '.join(words)}: give two numbers, the smaller first, and how many points, such as -1 2 25")
-    return [low, high, n]
+    return [low + 0.0, high, n]  # -0 would be read back from the CSV as 0
 
 
 def main(args):
@@ -88,6 +96,10 @@ def main(args):
         contents, states, names = load_networks(args)
         data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
         cli.check_k(args, data)
+        if data.name != contents["data"].get("name"):
+            raise InputError(
+                f"--dataset {data.name}: --origin {args.origin} was distilled on {contents['data'].get('name')}; give that"
+            )
         data = data.with_normalization(contents["data"]).to(device)
         teacher = checkpoint.load_network(contents, "teacher", device)
         network = checkpoint.load_network(contents, "student", device)
@@ -108,9 +120,9 @@ def main(args):
         for i, j, x, y in progress(distributed.units(missing), "points", "points", len(missing)):
             plane.write_(network, x, y)
             if args.bn_statistics == "recompute":
-                recompute_batch_norm_(network, data.train.images, data.mean, data.std, args.batch_size)
+                landscape.recompute_batch_norm_(network)
             row = dict.fromkeys(COLUMNS) | {"i": i, "j": j, "x": x, "y": y} | norms(network)
-            log.append(row | landscape.evaluate(network, name="landscape", **cli.probe_options(args)))
+            log.append(row | landscape.evaluate(network, name="landscape", batch_size=512, **cli.probe_options(args)))
         if distributed.is_main():
             finish(args, grid, plane, names)
 
@@ -187,12 +199,13 @@ def finish(args, grid, plane, names):
     """Merge, draw, and say how asymmetric the valley is."""
     rows = saved_rows(args.out, grid)
     write_rows(args.out, rows)
-    corners = zip(AXES, plane.corners(), strict=True)
-    points = [{"name": names[axis], "x": x, "y": y} for axis, (x, y) in corners]
+    corners = plane.corners()
+    points = [{"name": names[axis], "x": x, "y": y} for axis, (x, y) in zip(AXES, corners, strict=True)]
     logs.CsvLog(args.out / "points.csv", POINTS).start(points)
-    for eps, minus, plus in asymmetry(rows)[:3]:
-        cli.say(f"train KL at x = -{eps:g}: {minus:.3e}, at +{eps:g}: {plus:.3e}; ratio {minus / plus:.2f}")
-    cli.draw(args, plot_landscape.plot, args.out / "landscape.png", [args.out / "landscape.csv"], args.plane == "orthogonal")
+    for eps, minus, plus, ratio in asymmetry(rows, corners[0])[:3] if names["origin"] == TEACHER else ():
+        cli.say(f"train KL at {eps:g} from the teacher along x: {minus:.3e} on the far side, {plus:.3e} towards "
+                f"{names['x_axis']}; ratio {ratio:.2f}")  # fmt: skip
+    cli.draw(args, plot_landscape.plot, args.out / "landscape.png", [args.out / "landscape.csv"])
     if args.surface:
         cli.draw(args, plot_landscape.plot_surface, args.out / "landscape-surface.png", args.out / "landscape.csv")
 
@@ -200,10 +213,13 @@ def finish(args, grid, plane, names):
 def label(contents, which):
     """A network's name as in the paper: theta_T, theta_S(alpha) before training, theta*_S(alpha) after."""
     if which == "teacher":
-        return "theta_T"
-    alpha = contents["config"].get("flags", {}).get("alpha", "?")
-    alpha = 0 if alpha == 1e-10 else alpha  # as the paper writes it
-    return f"theta{'*' if which == 'student' else ''}_S({alpha:g})" if alpha != "?" else "theta_S"
+        return TEACHER
+    name, config = "theta*_S" if which == "student" else "theta_S", contents["config"]
+    flags = config.get("flags") if isinstance(config, dict) else None
+    alpha = flags.get("alpha") if isinstance(flags, dict) else None
+    if not isinstance(alpha, (int, float)):
+        return name
+    return f"{name}({0 if alpha < 1e-6 else alpha:g})"  # 1e-10 is 0, as the paper writes it
 
 
 def draw_only(args):
@@ -211,7 +227,9 @@ def draw_only(args):
         raise InputError("--plot-only needs matplotlib: pip install -e '.[full]'")
     if args.out.exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists already: --overwrite replaces it, or give another file")
-    plot_landscape.plot(args.out, args.plot_only, args.plane == "orthogonal")
+    if not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: there is no folder {args.out.parent}")
+    plot_landscape.plot(args.out, args.plot_only)
     cli.say(f"figure: {args.out}")
     if args.surface:
         surface = args.out.with_name(f"{args.out.stem}-surface.png")

@@ -75,19 +75,21 @@ class Plane:
         self.states, self.names = list(states), list(names)
         first, d1, d2 = self._vector(states[0]), self._difference(states[1]), self._difference(states[2])
         g11, g12, g22 = _dot(d1, d1), _dot(d1, d2), _dot(d2, d2)
-        height = g22 - g12**2 / g11 if g11 > 0 else 0.0  # |d2|^2 less its part along d1
-        if not height > 1e-10 * g22:
+        slope = g12 / g11 if g11 > 0 else 0.0  # Gram-Schmidt: e1 = d1 / |d1|, e2 = rest / |rest| with rest = d2 - slope d1
+        rest = [b - slope * a for a, b in zip(d1, d2, strict=True)]
+        height = _dot(rest, rest)  # not g22 - slope g12, which cancels where d1 and d2 are nearly parallel
+        if not (g11 > 0 and height > 1e-10 * g22):
             raise ValueError("the three networks lie on one line and span no plane")
         self._inner = torch.tensor([[g11, g12], [g12, g22]], dtype=torch.float64)
         self.basis, self.offset = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        if kind == "orthogonal":  # Gram-Schmidt on d1, d2, written in their coordinates
+        if kind == "orthogonal":
             n1, n2 = math.sqrt(g11), math.sqrt(height)
-            self.basis = torch.tensor([[1 / n1, -g12 / g11 / n2], [0, 1 / n2]], dtype=torch.float64)
+            self.basis = torch.tensor([[1 / n1, -slope / n2], [0, 1 / n2]], dtype=torch.float64)
             if center == "mean":
                 self.offset += 1 / 3
             elif center == "minnorm":
                 along = torch.tensor([_dot(first, d1), _dot(first, d2)], dtype=torch.float64)
-                self.offset = torch.linalg.solve(self._inner, -along)
+                self.offset = -self.basis @ (self.basis.T @ along)
 
     def _vector(self, state):
         return [state[name].cpu().double().flatten() for name in self.names]
@@ -114,11 +116,14 @@ class Plane:
     @torch.no_grad()
     def write_(self, network, x, y):
         """Put the point (x, y) into ``network``, in place; batch norm's statistics are interpolated likewise (variances >= 0)."""
-        c0, c1, c2 = self.weights(x, y)
+        weights = self.weights(x, y)
+        corner = weights.index(1) if sorted(weights) == [0, 0, 1] else None
         for name, tensor in network.state_dict().items():
-            if tensor.is_floating_point():
+            if corner is not None:
+                tensor.copy_(self.states[corner][name])  # bit for bit: 0 x -1 + -0 would lose a sign
+            elif tensor.is_floating_point():
                 a, b, c = (state[name] for state in self.states)
-                torch.mul(a, c0, out=tensor).add_(b, alpha=c1).add_(c, alpha=c2)
+                torch.mul(a, weights[0], out=tensor).add_(b, alpha=weights[1]).add_(c, alpha=weights[2])
                 if name.endswith("running_var"):
                     tensor.clamp_(min=0)
         return network

@@ -1,52 +1,74 @@
 """Loss and probes at points of parameter space around a random teacher (paper section 5, Figs. 5, 13 to 16).
 
 At each point theta the network is judged against the teacher on training and test images, and its features are probed.
-All that does not depend on theta is computed once: normalised images and the teacher's side. With t the teacher's and s the
-network's outputs, delta = s - t and p_t = softmax(t), one pass over blocks of outputs gives
+What does not depend on theta is computed once: normalised images, and of the teacher its bottleneck vectors, normalisers
+and entropies. With t the teacher's and s the network's outputs, d = s - t, p_t = softmax(t) and phi(x) = exp(x) - 1 - x, one
+pass over blocks of outputs that stay in the cache gives
 
-    A = sum p_t delta,   B = sum p_t phi(delta),   phi(x) = exp(x) - 1 - x
-    KL = log(1 + A + B) - A,    since sum p_t exp(delta) = 1 + A + B is the ratio of the two normalisers
+    A = sum p_t d,   B = sum p_t phi(d);   the ratio of the two normalisers is sum p_t exp(d) = 1 + A + B, hence
+    KL = log(1 + A + B) - A = B - phi(log(1 + A + B))
 
-which loses nothing where the KL is 1e-7, and no second pass is needed to normalise s.
+In the last form B and phi are of the size of the KL, so nothing cancels where that is 1e-7. At the teacher d = 0 and KL = 0.
 """
 
 import math
 
 import torch
+from torch.optim.swa_utils import update_bn
 
 from rtd import losses, probes
 from rtd.data import normalize
 from rtd.device import autocast
-from rtd.last_layer import BLOCK, output_log_mean_exp
+from rtd.last_layer import output_log_mean_exp
 
 LOSSES = ("kl", "ce", "mse", "student_entropy")
+BLOCK = (
+    512  # outputs per block on a CPU: five such blocks for 256 images are 2.5 MB, about a core's cache; GPUs take 32 at a time
+)
+
+
+def _blocks(device, *weights):
+    size = BLOCK if device.type == "cpu" else 32 * BLOCK
+    return zip(*(weight.split(size) for weight in weights), strict=True)
 
 
 @torch.no_grad()
-def divergences(z, weight, z_t, weight_t, lme_t):
-    """Sums over images of KL, cross-entropy, MSE and student entropy (``LOSSES``), from the last layer's inputs: (4,).
-
-    z, z_t: (B, K) bottleneck vectors. weight, weight_t: (m, K) last layers, normalised. lme_t: (B,) the teacher's log-mean-exp.
-    """
-    m = len(weight)
-    a, b, square, inner_t, inner_s = (torch.zeros_like(lme_t) for _ in range(5))
-    block = BLOCK if z.device.type == "cpu" else 8 * BLOCK
-    for rows, rows_t in zip(weight.split(block), weight_t.split(block), strict=True):
+def teacher_side(z_t, weight_t):
+    """(B, K) bottleneck vectors, (m, K) normalised last layer -> log-mean-exp and entropy of the teacher's outputs, both (B,)."""
+    lme_t, inner = output_log_mean_exp(z_t, weight_t), torch.zeros_like(z_t[:, 0])
+    for (rows_t,) in _blocks(z_t.device, weight_t):
         t = rows_t @ z_t.T  # (block, B)
-        s = rows @ z.T
-        p_t = torch.sub(t, lme_t).exp_()  # m p_t
-        delta = s - t
-        phi = losses.exp_minus_one_minus(delta)
-        square += delta.square().sum(0)
-        inner_t += (p_t * t).sum(0)
-        a += (p_t * delta).sum(0)
-        b += phi.mul_(p_t).sum(0)  # m p_t phi
-        inner_s += s.mul_(phi.add_(delta.add_(1).mul_(p_t))).sum(0)  # s m p_t exp(delta)
+        inner += (t - lme_t).exp_().mul_(t).sum(0)
+    return lme_t, lme_t - inner / len(weight_t) + math.log(len(weight_t))
+
+
+@torch.no_grad()
+def divergences(z, weight, z_t, weight_t, lme_t, entropy_t):
+    """Sums over images of KL, cross-entropy, MSE and student entropy (``LOSSES``), from the last layers' inputs: (4,).
+
+    z, z_t: (B, K) bottleneck vectors. weight, weight_t: (m, K) last layers, normalised. lme_t, entropy_t: ``teacher_side``.
+    """
+    m, a, b, square, inner = len(weight), *(torch.zeros_like(lme_t) for _ in range(4))
+    blocks = list(_blocks(z.device, weight, weight_t))
+    workspace = z.new_empty(5, len(blocks[0][0]), len(z))  # fresh memory for every block costs more than the arithmetic
+    for rows, rows_t in blocks:
+        s, p_t, delta, e, product = workspace[:, : len(rows)]  # (block, B) each
+        torch.mm(rows, z.T, out=s)
+        t = torch.mm(rows_t, z_t.T, out=p_t)
+        torch.sub(s, t, out=delta)
+        p_t = t.sub_(lme_t).exp_()  # m p_t: of order 1
+        square += torch.mul(delta, delta, out=product).sum(0)
+        a += torch.mul(delta, p_t, out=product).sum(0)
+        torch.expm1(delta, out=e)
+        inner += torch.mul(e, p_t, out=product).mul_(s).sum(0)
+        # phi by one subtraction: each term is off by rounding of d, without a bias, which the sum of m of them averages out
+        b += e.sub_(delta).mul_(p_t).sum(0)
     a, b = a / m, b / m
-    kl = torch.log1p(a + b) - a
-    entropy_t = lme_t - inner_t / m + math.log(m)
-    entropy_s = lme_t + torch.log1p(a + b) - inner_s / m / (1 + a + b) + math.log(m)
-    return torch.stack([kl, kl + entropy_t, square / m, entropy_s]).sum(1)
+    ratio = torch.log1p(a + b)
+    kl = b - losses.exp_minus_one_minus(ratio)
+    constant = lme_t + math.log(m)  # the teacher's log-sum-exp; its sum p_t t is that less its entropy
+    entropy = constant + ratio - (constant - entropy_t + a + inner / m) / (1 + a + b)
+    return torch.stack([kl, kl + entropy_t, square / m, entropy]).sum(1)
 
 
 @torch.no_grad()
@@ -61,18 +83,21 @@ class Landscape:
 
     @torch.no_grad()
     def __init__(self, teacher, data, encoder_only=False, precision="fp32", batch_size=256):
-        """teacher: a Network in eval mode, on the device of ``data``. precision: of the encoders' and heads' forward passes; the
-        teacher's is the same, so that bf16's error is common to both sides and the KL at the teacher is 0."""
-        self.data, self.encoder_only, self.precision = data, encoder_only, precision
-        self.batches = {}  # split -> [(images, teacher's side)]
-        self.weight_t = teacher.head.l2_bottleneck.normalized_weight()
-        for name in ("train", "test"):
-            self.batches[name] = []
-            for images in getattr(data, name).images.split(batch_size):
-                x = normalize(images, data.mean, data.std)
-                f, z = self._forward(teacher, x)
-                lme = None if encoder_only else output_log_mean_exp(z, self.weight_t)
-                self.batches[name].append((x, f if encoder_only else z, lme))
+        """teacher: a Network in eval mode, on the device of ``data``. precision: of encoder and hidden layers, the teacher's too:
+        bf16's error is then common to both sides and the KL at the teacher is 0, but a KL below about 1e-4 elsewhere is mostly
+        rounding error."""
+        self.data, self.encoder_only, self.precision, self.batch_size = data, encoder_only, precision, batch_size
+        self.images = {name: normalize(getattr(data, name).images, data.mean, data.std) for name in ("train", "test")}
+        self.weight_t = None if encoder_only else teacher.head.l2_bottleneck.normalized_weight()
+        self.sides = {name: [self._side(teacher, x) for x in self.batches(name)] for name in self.images}
+
+    def batches(self, name):
+        return self.images[name].split(self.batch_size)
+
+    def _side(self, teacher, x):
+        """What is kept of the teacher for a batch: arguments of ``embedding_divergences`` or ``divergences``."""
+        f, z = self._forward(teacher, x)
+        return (f,) if self.encoder_only else (z, self.weight_t, *teacher_side(z, self.weight_t))
 
     def _forward(self, network, x):
         """(B, 3, H, W) -> embedding (B, D) and, unless encoder_only, bottleneck (B, K), float32."""
@@ -81,24 +106,32 @@ class Landscape:
             z = None if self.encoder_only else network.head.bottleneck(f)
         return f.float(), z
 
+    def recompute_batch_norm_(self, network):
+        """Estimate the statistics of the encoder's batch norms anew from the training images, in place.
+
+        Each batch takes images from all over the set, which may be sorted by class.
+        """
+        parts = len(self.sides["train"])
+        update_bn((self.images["train"][i::parts] for i in range(parts)), network.encoder)
+
     @torch.no_grad()
     def evaluate(self, network, **probing):
         """{"train_kl": ..., "test_student_entropy": ..., "linear": ..., "knn": ...}: means over the images, and the probes.
 
         network: in eval mode. probing: arguments of ``rtd.probes.probe``; no probes without. nan where not finite.
         """
-        sums, features = [], []
+        means, features = [], []
         weight = None if self.encoder_only else network.head.l2_bottleneck.normalized_weight()
-        for batches in self.batches.values():
-            total, kept = torch.zeros(len(LOSSES), device=batches[0][0].device), []
-            for x, side, lme in batches:
+        for name, images in self.images.items():
+            total, kept = torch.zeros(len(LOSSES), device=images.device), []
+            for x, side in zip(self.batches(name), self.sides[name], strict=True):
                 f, z = self._forward(network, x)
-                total += embedding_divergences(f, side) if self.encoder_only else divergences(z, weight, side, self.weight_t, lme)
+                total += embedding_divergences(f, *side) if self.encoder_only else divergences(z, weight, *side)
                 kept.append(f)
-            sums.append(total / sum(len(x) for x, *_ in batches))
+            means.append(total / len(images))
             features.append(torch.cat(kept))
-        values = torch.cat(sums).tolist()  # the one time that a GPU is waited for
-        row = dict(zip([f"{split}_{loss}" for split in self.batches for loss in LOSSES], values, strict=True))
+        values = torch.cat(means).tolist()  # the one time that a GPU is waited for
+        row = dict(zip([f"{name}_{loss}" for name in self.images for loss in LOSSES], values, strict=True))
         row = {name: value if math.isfinite(value) else math.nan for name, value in row.items()}
         if probing.get("probes"):
             finite = all(f.isfinite().all() for f in features)
@@ -112,10 +145,14 @@ def norms(network):
     return {"norm_encoder": squares[0] ** 0.5, "norm_head": squares[1] ** 0.5, "norm_total": sum(squares) ** 0.5}
 
 
-def asymmetry(rows):
-    """[(eps, KL at -eps, KL at +eps)] for the points of the x axis that have a mirror image, nearest first (Fig. 5's valley).
+def asymmetry(rows, teacher=(0.0, 0.0)):
+    """[(eps, KL at -eps, KL at +eps, their ratio)] along x on both sides of the teacher, nearest first (Fig. 5's valley).
 
-    rows: of landscape.csv. Coordinates agree to rounding.
+    rows: of landscape.csv. teacher: its coordinates. Only points with a mirror image and a finite KL above 0 count; coordinates
+    agree to 9 digits, as in the file.
     """
-    on_axis = {round(row["x"], 9): row["train_kl"] for row in rows if abs(row["y"]) < 1e-9}
-    return [(x, on_axis[-x], on_axis[x]) for x in sorted(on_axis) if x > 0 and -x in on_axis]
+    scale = 1e-7 * max((abs(row["x"] - teacher[0]) for row in rows), default=0) or 1.0
+    on_axis = {round((r["x"] - teacher[0]) / scale): r for r in rows if abs(r["y"] - teacher[1]) < scale}
+    pairs = [(on_axis[-k], on_axis[k]) for k in sorted(on_axis) if k > 0 and -k in on_axis]
+    kls = [(plus["x"] - teacher[0], minus["train_kl"], plus["train_kl"]) for minus, plus in pairs]
+    return [(eps, minus, plus, minus / plus) for eps, minus, plus in kls if minus > 0 and plus > 0]  # nan is not

@@ -78,7 +78,7 @@ def knn_probe(train_x, train_y, test_x, test_y, k=20):
     return 100 * classifier.score(test_x.cpu().numpy(), test_y.cpu().numpy())
 
 
-def probe(train_x, test_x, data, probes=PROBES, seed=0, name="", k=20, epochs=10, standardized=False):
+def probe(train_x, test_x, data, probes=PROBES, seed=0, name="", k=20, epochs=10, batch_size=256, standardized=False):
     """{"linear": percent, "knn": percent} for the chosen ``probes`` of features of the data set ``data``.
 
     ``name`` tells apart the streams of random numbers of one seed: each probe starts afresh.
@@ -89,7 +89,7 @@ def probe(train_x, test_x, data, probes=PROBES, seed=0, name="", k=20, epochs=10
     result = {}
     if "linear" in probes:
         generator = random_stream(seed, "probe", name)
-        result["linear"] = linear_probe(train_x, train_y, test_x, test_y, data.num_classes, generator, epochs)
+        result["linear"] = linear_probe(train_x, train_y, test_x, test_y, data.num_classes, generator, epochs, batch_size)
     if "knn" in probes:
         result["knn"] = knn_probe(train_x, train_y, test_x, test_y, k)
     return result

@@ -98,6 +98,21 @@ def test_orthogonal_basis(center):
         np.testing.assert_allclose(flat(plane.write_(network(7), *corner).state_dict()), flat(state), atol=1e-6)
 
 
+def test_a_corner_keeps_the_sign_of_zero():
+    three = states()
+    three[1]["1.bias"].fill_(-0.0)
+    assert Plane(three, names()).write_(network(7), 1, 0).state_dict()["1.bias"].signbit().all()
+
+
+def test_nearly_parallel_directions_give_an_orthonormal_basis():
+    t, a, other = states()
+    b = {name: a[name] + 1e-4 * other[name] if name in names() else a[name] for name in a}
+    plane = Plane([t, a, b], names(), "orthogonal")
+    t, a, b = flat(t), flat(a), flat(b)
+    e = np.stack([a - t, b - t], 1).astype(np.longdouble) @ plane.basis.numpy()
+    np.testing.assert_allclose((e.T @ e).astype(float), np.eye(2), atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["interpolation", "orthogonal"])
 def test_projecting_undoes_mapping_and_is_least_squares(kind):
     plane = Plane(states(), names(), kind, "mean")

@@ -21,7 +21,7 @@ RUNS = {
         ["lmc.csv", "barriers.csv"],
         ["runs/init0-run1.pt"],
     ),
-    "run_landscape": (["--x-range", "-1", "1", "9", "--y-range", "-1", "1", "7", "--probe", "knn"], ["landscape.csv"], []),
+    "run_landscape": (["--x-range", "-1", "1", "15", "--y-range", "-1", "1", "15", "--probe", "knn"], ["landscape.csv"], []),
 }
 
 

@@ -1,6 +1,7 @@
 """Losses at a point against the plain float64 formulas; the teacher at KL 0; a quadratic "network" with a known surface."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from torch import nn
 from rtd import landscape, losses
 from rtd.data import Dataset, Split, normalize
 from rtd.init import init_network_, init_student_
-from rtd.landscape import LOSSES, Landscape, asymmetry, divergences, norms
-from rtd.last_layer import output_log_mean_exp
+from rtd.landscape import LOSSES, Landscape, asymmetry, divergences, norms, teacher_side
 from rtd.models import build_network, materialize
 from rtd.probes import probe_encoder
 
@@ -46,10 +46,10 @@ def test_one_pass_gives_the_float64_values(generator, monkeypatch, distance, blo
     z_t, weight_t = F.normalize(z_t), F.normalize(weight_t)
     s, t = z @ weight.T, z_t @ weight_t.T
     expected = torch.stack([function(s, t).sum() for function in PLAIN])
-    found = divergences(z, weight, z_t, weight_t, output_log_mean_exp(z_t, weight_t))
+    found = divergences(z, weight, z_t, weight_t, *teacher_side(z_t, weight_t))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
     single = [x.float() for x in (z, weight, z_t, weight_t)]
-    found = divergences(*single, output_log_mean_exp(*single[2:]))
+    found = divergences(*single, *teacher_side(*single[2:]))
     torch.testing.assert_close(found.double()[1:], expected[1:], rtol=1e-5, atol=1e-12)  # the MSE is of squared differences
     assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-2 if distance < 1e-3 else 1e-4)
 
@@ -131,4 +131,34 @@ def test_asymmetry_pairs_points_on_the_axis():
     rows = [
         {"x": x, "y": y, "train_kl": kl} for x, y, kl in ((-1, 0, 8.0), (1, 0, 2.0), (0, 0, 0.0), (0.5, 0, 1.0), (-1, 1, 9.0))
     ]
-    assert asymmetry(rows) == [(1, 8.0, 2.0)]
+    assert asymmetry(rows) == [(1, 8.0, 2.0, 4.0)]
+    moved = [row | {"x": row["x"] + 1 / 3, "y": row["y"] - 2} for row in rows]
+    assert asymmetry(moved, (1 / 3, -2.0)) == [pytest.approx((1, 8.0, 2.0, 4.0))]
+    assert asymmetry([row | {"train_kl": math.nan} for row in rows]) == asymmetry(rows[2:3]) == []
+    assert asymmetry([rows[0], rows[1] | {"train_kl": 0.0}]) == []
+
+
+def test_a_small_kl_keeps_its_digits(generator):
+    """KL 4e-9 of 65,536 outputs in float32; with a common rise of all outputs, of which a soft-max knows nothing."""
+    z_t, weight_t, z, weight = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (3, 2**16, 3, 2**16))
+    z, weight = F.normalize(z_t + 1e-3 * z), F.normalize(weight_t + 1e-3 * weight)
+    z_t, weight_t = F.normalize(z_t), F.normalize(weight_t)
+    for rise in (0.0, 0.01):
+        moved = weight + rise * z.mean(0)
+        truth = losses.kl_divergence(z @ moved.T, z_t @ weight_t.T).sum().item()
+        assert 1e-9 < truth < 1e-4
+        single = [x.float() for x in (z, moved, z_t, weight_t)]
+        assert divergences(*single, *teacher_side(*single[2:]))[0].item() == pytest.approx(truth, rel=1e-4)
+
+
+def test_recomputed_batch_norm_sees_all_classes_in_each_batch(data):
+    """Batches of a set sorted by class would miss most of the variance between classes."""
+    teacher, student = networks(0.3, "resnet20")
+    grey = torch.arange(23, dtype=torch.uint8).view(-1, 1, 1, 1).mul(11).expand(-1, 3, 32, 32).contiguous()
+    place = Landscape(teacher, replace(data, train=Split(grey, torch.arange(23) // 8)), batch_size=6)
+    place.recompute_batch_norm_(student)
+    with torch.no_grad():
+        y = student.encoder[0](place.images["train"]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(student.encoder[1].running_mean, y.mean(1), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(student.encoder[1].running_var, y.var(1), rtol=0.2, atol=0)
+    assert not student.training

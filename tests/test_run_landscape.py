@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY, start
 
-from rtd import checkpoint
+from rtd import checkpoint, probes
 from rtd.logs import read_csv
 
 DATA = ["--subset", "40", "--test-subset", "30", "--k", "5", "--device", "cpu"]
@@ -32,7 +32,7 @@ def pair(tmp_path_factory):
 def plane(pair):
     a, b = pair
     axes = ["--origin", f"{a}:teacher", "--x-axis", f"{a}:student", "--y-axis", f"{b}:student"]
-    return [*axes, *DATA, "--bn-statistics", "interpolate", "--probe", "knn"]
+    return [*axes, *DATA, "--probe", "knn"]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,7 @@ def test_two_processes_share_the_points(pair, tmp_path):
 def test_orthogonal_encoder_only_recomputed_and_drawn(pair, script, tmp_path):
     a, b = pair
     flags = ["--origin", f"{a}:teacher", "--x-axis", f"{a}:student", "--y-axis", f"{b}:student", *DATA, "--encoder-only"]
+    flags += ["--bn-statistics", "recompute"]
     flags += ["--plane", "orthogonal", "--center", "mean", "--probe", "none", "--surface", "--out", tmp_path / "run"]
     result = script("run_landscape", *flags, "--x-range", "-1", "1", "2", "--y-range", "-1", "1", "2")
     assert result.code == 0, result.err
@@ -144,6 +145,64 @@ def test_plot_only_redraws_from_csvs(finished, script, tmp_path):
     assert result.code == 2 and "bad.csv" in result.err
 
 
+def test_what_is_not_a_landscape_is_not_drawn(finished, script, tmp_path):
+    for name, change in (
+        ("landscape.csv", ("0.5,", "much,")),
+        ("points.csv", ("theta_T,0", "theta_T,left")),
+        ("points.csv", ("x", "z")),
+    ):
+        folder = tmp_path / name / change[1]
+        folder.mkdir(parents=True)
+        for file in ("landscape.csv", "points.csv"):
+            text = (finished / file).read_text()
+            (folder / file).write_text(text.replace(*change) if file == name else text)
+        result = script("run_landscape", "--plot-only", folder / "landscape.csv")
+        assert result.code == 2 and name in result.err and result.err.count("\n") == 1, result.err
+        assert not (folder / "landscape.png").exists()
+    result = script("run_landscape", "--plot-only", finished / "landscape.csv", "--out", tmp_path / "no" / "x.png")
+    assert result.code == 2 and "no folder" in result.err
+
+
+@pytest.mark.parametrize(
+    "ranges", [("--x-range", "-1e-3", "1E-3", 3, "--y-range", 0, 0, 1), ("--x-range", "-0", "-0", 1, "--y-range", 0, 1, 2)]
+)
+def test_a_line_of_points_is_drawn_as_a_curve_and_resumes(pair, script, tmp_path, ranges):
+    flags = [*plane(pair), *ranges, "--out", tmp_path / "run"]
+    for more in ((), ("--resume",)):
+        result = script("run_landscape", *flags, *more)
+        assert result.code == 0, result.err
+        assert ("ratio" in result.out) == (ranges[3] == 3)
+    assert (tmp_path / "run" / "landscape.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_point_is_probed_with_batches_of_512_and_the_same_draws(pair, script, tmp_path, monkeypatch):
+    seen, probe = [], probes.linear_probe
+
+    def watched(*arguments):
+        seen.append((arguments[5].get_state(), arguments[7]))
+        return probe(*arguments)
+
+    monkeypatch.setattr(probes, "linear_probe", watched)
+    flags = [
+        *plane(pair),
+        "--probe",
+        "linear",
+        "--x-range",
+        0,
+        1,
+        2,
+        "--y-range",
+        0,
+        0,
+        1,
+        "--no-plot",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert script("run_landscape", *flags).code == 0
+    assert [size for _, size in seen] == [512, 512] and torch.equal(seen[0][0], seen[1][0])
+
+
 def edited(path, target, change):
     contents = torch.load(path, weights_only=True)
     change(contents)
@@ -163,6 +222,8 @@ def test_networks_that_do_not_fit_are_refused_by_name(pair, script, tmp_path):
         ([f"{a}:teacher", str(a), f"{b}:student"], ["--x-axis", "PATH:NETWORK"]),
         ([f"{a}:teacher", f"{tmp_path}/no.pt:student", f"{b}:student"], ["no.pt"]),
     ]
+    elsewhere = edited(a, tmp_path / "elsewhere.pt", lambda c: c["data"].update(name="cifar10"))
+    cases.append(([f"{elsewhere}:teacher", f"{a}:student", f"{b}:student"], ["--dataset digits", "cifar10", "elsewhere.pt"]))
     for (origin, x_axis, y_axis), words in cases:
         flags = ["--origin", origin, "--x-axis", x_axis, "--y-axis", y_axis, *DATA, "--out", tmp_path / "run"]
         result = script("run_landscape", *flags)
