@@ -1,8 +1,6 @@
-"""Shared by all tests: running the scripts through their command lines, in this process or in a fresh one."""
+"""Shared by all tests: small runs, and the scripts' command lines in this process."""
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from processes import finish, start  # noqa: E402
 
 from rtd import cli  # noqa: E402
 
@@ -47,20 +47,11 @@ def script(monkeypatch, capsys):
     return call
 
 
-def start(name, *flags, launcher=()):
-    """A fresh process of a script; stdout and stderr are pipes."""
-    command = [*(launcher or [sys.executable]), str(ROOT / f"{name}.py"), *map(str, flags)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(1 if launcher else torch.get_num_threads())}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
-
-
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The folder of a finished run of 5 tiny epochs, not to be changed by tests."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    process = start("run_distill", *TINY, "--epochs", 5, "--out", folder)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    finish(start("run_distill", *TINY, "--epochs", 5, "--out", folder))
     return folder
 
 

@@ -1,16 +1,14 @@
 """torchrun with two processes: the same training as one process, written once."""
 
 import os
-import sys
 
 import pytest
 import torch
-from conftest import TINY, start
+from conftest import TINY
+from processes import finish, start_two, torchrun
 
 from rtd import distributed
 from rtd.logs import read_csv
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def test_shares_partition_the_batch_and_their_factors_restore_its_mean(monkeypatch):
@@ -28,14 +26,12 @@ def test_shares_partition_the_batch_and_their_factors_restore_its_mean(monkeypat
             assert total == pytest.approx(values[:size].mean().item())
 
 
-@pytest.mark.parametrize("encoder", ["vgg11", "resnet20"])
-def test_two_processes_train_as_one(script, tmp_path, encoder):
+@pytest.mark.parametrize(("encoder", "begin"), [("vgg11", torchrun), ("resnet20", start_two)])
+def test_two_processes_train_as_one(script, tmp_path, encoder, begin):
     """VGG11 to 1e-4; with batch norm each CPU process has its own batch statistics, so only the promise of a note holds."""
     flags = [*TINY, "--encoder", encoder, "--alpha", "0.5", "--epochs", "2", "--log-every", "1", "--probe", "knn"]
     flags += ["--subset", "39"]  # uneven parts: 16 + 16 + 7 images
-    process = start("run_distill", *flags, "--out", tmp_path / "two", launcher=TORCHRUN)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    out, _ = finish(*begin("run_distill", *flags, "--out", tmp_path / "two"))
     assert out.count(str(tmp_path / "two")) == 1, "more than one process printed"
     assert ("batch norm" in out) == (encoder == "resnet20")
     assert sorted(os.listdir(tmp_path / "two")) == ["best.pt", "checkpoint.pt", "config.json", "log.csv"]
@@ -55,8 +51,6 @@ def test_two_processes_train_as_one(script, tmp_path, encoder):
 def test_a_run_on_two_processes_resumes(tmp_path):
     flags = [*TINY, "--encoder", "vgg11", "--alpha", "0.5", "--probe", "none", "--resume", "--out", tmp_path / "run"]
     for epochs in ("1", "2"):
-        process = start("run_distill", *flags, "--epochs", epochs, launcher=TORCHRUN)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        out, _ = finish(*start_two("run_distill", *flags, "--epochs", epochs))
     assert "resumed after epoch 1" in out
     assert [row["epoch"] for row in read_csv(tmp_path / "run" / "log.csv")] == [0, 1, 2]

@@ -2,13 +2,12 @@
 
 import csv
 import json
-import os
 import signal
-import time
 
 import pytest
 import torch
-from conftest import TINY, start
+from conftest import TINY
+from processes import finish, kill_when, start, wait_until
 
 from rtd import checkpoint
 from rtd.logs import read_csv
@@ -106,31 +105,16 @@ def test_same_flags_same_bytes(script, tmp_path, flags):
         assert 0 <= read_csv(tmp_path / "a" / "log.csv")[0]["kl"] < 1e-12
 
 
-def wait_for_epoch(process, log, epoch):
-    """Return as soon as the log has a row for ``epoch``."""
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if log.exists() and any(line.startswith(f"{epoch},") for line in log.read_text().split("\n")):
-            break
-        os.sched_yield()
-
-
-def kill_when(process, log, epoch):
-    """SIGKILL as soon as the log has a row for ``epoch``."""
-    wait_for_epoch(process, log, epoch)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+def has_epoch(log, epoch):
+    return log.exists() and any(line.startswith(f"{epoch},") for line in log.read_text().split("\n"))
 
 
 @pytest.mark.parametrize("epoch", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_unbroken(tiny_run, tmp_path, epoch):
     """SIGKILL right after the log row of an epoch, which is before or while its checkpoint is written."""
     flags = (*TINY, "--epochs", 5, "--out", tmp_path / "run", "--resume")
-    kill_when(start("run_distill", *flags), tmp_path / "run" / "log.csv", epoch)
-    process = start("run_distill", *flags)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    kill_when(start("run_distill", *flags), lambda: has_epoch(tmp_path / "run" / "log.csv", epoch))
+    finish(start("run_distill", *flags))
     assert_same_run(tmp_path / "run", tiny_run)
 
 
@@ -138,7 +122,7 @@ def test_killed_and_resumed_equals_unbroken(tiny_run, tmp_path, epoch):
 def test_a_signal_stops_in_a_sentence_and_the_run_resumes(tiny_run, script, tmp_path, number, code):
     flags = (*TINY, "--epochs", 5, "--out", tmp_path / "run", "--resume")
     process = start("run_distill", *flags)
-    wait_for_epoch(process, tmp_path / "run" / "log.csv", 1)
+    wait_until(process, lambda: has_epoch(tmp_path / "run" / "log.csv", 1))
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err

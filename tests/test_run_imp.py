@@ -2,13 +2,11 @@
 
 import csv
 import json
-import signal
-import sys
-import time
 
 import pytest
 import torch
-from conftest import SUPERVISED, start
+from conftest import SUPERVISED
+from processes import finish, kill_when, start, start_two
 from test_run_distill import assert_same_tree
 
 import run_imp
@@ -25,9 +23,7 @@ WEIGHTS = 270_896  # of ResNet20's convolutions and its classifier
 def imp_run(tmp_path_factory):
     """The folder of a finished run of two chains, not to be changed by tests."""
     folder = tmp_path_factory.mktemp("imp") / "run"
-    process = start("run_imp", *FLAGS, "--out", folder)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    finish(start("run_imp", *FLAGS, "--out", folder))
     return folder
 
 
@@ -135,19 +131,9 @@ def test_pruned_are_the_smallest_of_the_trained_weights(script, tmp_path, monkey
 def test_killed_and_resumed_equals_unbroken(imp_run, tmp_path, chain, rows):
     """SIGKILL when a chain has so many rows and a checkpoint: between rounds, or inside the first."""
     out = tmp_path / "run"
-    process = start("run_imp", *FLAGS, "--out", out)
     log, saved = out / "chains" / f"{chain}.csv", out / "chains" / f"{chain}.pt"
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if saved.exists() and log.read_text().count("\n") > rows:
-            break
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    process = start("run_imp", *FLAGS, "--out", out, "--resume")
-    stdout, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    kill_when(start("run_imp", *FLAGS, "--out", out), lambda: saved.exists() and log.read_text().count("\n") > rows)
+    stdout, _ = finish(start("run_imp", *FLAGS, "--out", out, "--resume"))
     assert f"rewind {chain[-1]}: resumed in round" in stdout
     assert_same_run(out, imp_run)
 
@@ -315,12 +301,8 @@ def run_in_this_process(script, monkeypatch, flags):
 def test_two_processes_share_chains_and_get_the_same_files(tmp_path):
     """Two chains: each process does one by itself, and the result is that of one process."""
     flags = [*FLAGS, "--epochs", 2, "--rounds", 1]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    processes = [start("run_imp", *flags, "--out", tmp_path / "one", launcher=(sys.executable,))]
-    processes.append(start("run_imp", *flags, "--out", tmp_path / "two", launcher=torchrun))
-    for process in processes:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    finish(start("run_imp", *flags, "--out", tmp_path / "one", OMP_NUM_THREADS="1"))
+    finish(*start_two("run_imp", *flags, "--out", tmp_path / "two"))
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert tuple(COLUMNS.split(",")) == run_imp.COLUMNS
 
@@ -329,12 +311,10 @@ def test_two_processes_share_chains_and_get_the_same_files(tmp_path):
 def test_two_processes_train_one_chain_together(tmp_path):
     """VGG11, without batch norm: gradients averaged over uneven parts are those of the whole batch."""
     flags = [*SUPERVISED, "--encoder", "vgg11", "--lr", 0.01, "--subset", 39, "--epochs", 2, "--rounds", 1]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     states = []
-    for name, launcher in (("one", (sys.executable,)), ("two", torchrun)):
-        process = start("run_imp", *flags, "--out", tmp_path / name, launcher=launcher)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    finish(start("run_imp", *flags, "--out", tmp_path / "one", OMP_NUM_THREADS="1"))
+    finish(*start_two("run_imp", *flags, "--out", tmp_path / "two"))
+    for name in ("one", "two"):
         states.append(torch.load(tmp_path / name / "chains" / "init0-rewind0.pt", weights_only=True))
     one, two = (state["training"]["classifier"] for state in states)
     begin = states[0]["rewind"]["classifier"]

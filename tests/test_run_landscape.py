@@ -3,19 +3,17 @@
 import csv
 import json
 import os
-import signal
-import sys
 
 import pytest
 import torch
-from conftest import TINY, start
+from conftest import TINY
+from processes import finish, kill_when, start, start_two
 
 from rtd import checkpoint, probes
 from rtd.logs import read_csv
 
 DATA = ["--subset", "40", "--test-subset", "30", "--k", "5", "--device", "cpu"]
 GRID = ["--x-range", "-1", "1", "5", "--y-range", "0", "1", "3"]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +21,7 @@ def pair(tmp_path_factory):
     """Paths of checkpoints of two students of one teacher, at alpha 0.1 and 1."""
     folder = tmp_path_factory.mktemp("students")
     for name, alpha in (("a", "0.1"), ("b", "1")):
-        process = start("run_distill", *TINY, "--alpha", alpha, "--epochs", 1, "--probe", "none", "--out", folder / name)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        finish(start("run_distill", *TINY, "--alpha", alpha, "--epochs", 1, "--probe", "none", "--out", folder / name))
     return folder / "a" / "checkpoint.pt", folder / "b" / "checkpoint.pt"
 
 
@@ -38,9 +34,7 @@ def plane(pair):
 @pytest.fixture(scope="module")
 def finished(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("landscape") / "run"
-    process = start("run_landscape", *plane(pair), *GRID, "--no-plot", "--out", folder)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    out, _ = finish(start("run_landscape", *plane(pair), *GRID, "--no-plot", "--out", folder))
     (folder / "said").write_text(out)
     return folder
 
@@ -76,18 +70,11 @@ def test_rows_are_the_grid_and_the_teacher_is_at_kl_zero(finished, pair):
 @pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_unbroken(finished, pair, tmp_path, rows):
     flags = [*plane(pair), *GRID, "--no-plot", "--out", tmp_path / "run", "--resume"]
-    process = start("run_landscape", *flags)
     log = tmp_path / "run" / "landscape.csv"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > rows):
-        os.sched_yield()
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    kill_when(start("run_landscape", *flags), lambda: log.exists() and log.read_text().count("\n") > rows)
     with open(log, "a") as file:
         file.write("3,2,0.5")  # as if in the middle of a row
-    process = start("run_landscape", *flags)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    out, _ = finish(start("run_landscape", *flags))
     assert "resumed: " in out
     assert content(tmp_path / "run") == content(finished)
 
@@ -110,10 +97,8 @@ def test_a_wrong_row_is_seen(finished, pair, script, tmp_path):
 
 def test_two_processes_share_the_points(pair, tmp_path):
     flags = [*plane(pair), "--x-range", "0", "1", "3", "--y-range", "0", "0", "1", "--no-plot"]
-    for name, launcher in (("one", (sys.executable,)), ("two", TORCHRUN)):
-        process = start("run_landscape", *flags, "--out", tmp_path / name, launcher=launcher)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    finish(start("run_landscape", *flags, "--out", tmp_path / "one", OMP_NUM_THREADS="1"))
+    finish(*start_two("run_landscape", *flags, "--out", tmp_path / "two"))
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert sorted(os.listdir(tmp_path / "two")) == ["config.json", "landscape.csv", "points.csv"]
 
@@ -233,8 +218,7 @@ def test_networks_that_do_not_fit_are_refused_by_name(pair, script, tmp_path):
 
 
 def test_another_architecture_is_refused(pair, script, tmp_path):
-    process = start("run_distill", *TINY, "--out-dim", 32, "--epochs", 0, "--probe", "none", "--out", tmp_path / "c")
-    process.communicate(timeout=300)
+    finish(start("run_distill", *TINY, "--out-dim", 32, "--epochs", 0, "--probe", "none", "--out", tmp_path / "c"))
     axes = ["--origin", f"{pair[0]}:teacher", "--x-axis", f"{pair[0]}:student", "--y-axis", f"{tmp_path}/c/checkpoint.pt:student"]
     result = script("run_landscape", *axes, *DATA, "--out", tmp_path / "run")
     assert result.code == 2 and "different architectures" in result.err

@@ -1,29 +1,24 @@
 """run_lmc.py through its command line: the lines' ends, what is trained apart, killing and resuming, redrawing, refusing."""
 
 import csv
-import os
-import signal
-import sys
 
 import pytest
 import torch
-from conftest import SUPERVISED, start
+from conftest import SUPERVISED
+from processes import finish, kill_when, start, start_two
 from test_run_distill import assert_same_tree
 
 from rtd.logs import read_csv
 
 FLAGS = [*SUPERVISED, "--epochs", "2", "--runs", "3", "--points", "5", "--bn-statistics", "recompute", "interpolate"]
 FLAGS += ["--line-subset", "20"]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ENDS = [f"runs/init0-run{run}.pt" for run in range(3)]
 
 
 @pytest.fixture(scope="module")
 def lmc_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lmc") / "run"
-    process = start("run_lmc", *FLAGS, "--out", folder)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    out, _ = finish(start("run_lmc", *FLAGS, "--out", folder))
     (folder / "said").write_text(out)
     return folder
 
@@ -80,15 +75,8 @@ def test_runs_share_the_start_and_differ_in_order_and_augmentation_alone(script,
 
 @pytest.mark.parametrize("epoch_of_run", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_unbroken(lmc_run, tmp_path, epoch_of_run):
-    process = start("run_lmc", *FLAGS, "--out", tmp_path / "run")
-    while process.poll() is None and not (tmp_path / "run" / ENDS[epoch_of_run]).exists():
-        os.sched_yield()
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    process = start("run_lmc", *FLAGS, "--out", tmp_path / "run", "--resume")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    kill_when(start("run_lmc", *FLAGS, "--out", tmp_path / "run"), (tmp_path / "run" / ENDS[epoch_of_run]).exists)
+    finish(start("run_lmc", *FLAGS, "--out", tmp_path / "run", "--resume"))
     for name in ("lmc.csv", "barriers.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (lmc_run / name).read_bytes()
     for name in ENDS:
@@ -120,10 +108,8 @@ def test_lines_are_redrawn_without_training_and_a_trained_end_that_changed_is_se
 @pytest.mark.slow
 def test_two_processes_share_runs_and_lines(lmc_run, tmp_path):
     flags = [*SUPERVISED, "--epochs", "1", "--runs", "2", "--points", "3"]
-    for name, launcher in (("one", (sys.executable,)), ("two", TORCHRUN)):
-        process = start("run_lmc", *flags, "--out", tmp_path / name, launcher=launcher)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    finish(start("run_lmc", *flags, "--out", tmp_path / "one", OMP_NUM_THREADS="1"))
+    finish(*start_two("run_lmc", *flags, "--out", tmp_path / "two"))
     assert (tmp_path / "one" / "barriers.csv").read_text().count("pair") == 1
     ours, theirs = (read_csv(tmp_path / name / "lmc.csv") for name in ("one", "two"))
     for a, b in zip(ours, theirs, strict=True):
