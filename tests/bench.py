@@ -22,13 +22,18 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rtd import pruning  # noqa: E402
+from rtd.classifier import build_classifier, load_starts  # noqa: E402
 from rtd.data import Dataset, Split, normalize  # noqa: E402
 from rtd.device import autocast, describe, pick_device  # noqa: E402
 from rtd.distill import Distiller, FrozenTeacher  # noqa: E402
 from rtd.init import init_network_, init_student_  # noqa: E402
+from rtd.interpolation import Plane  # noqa: E402
+from rtd.landscape import Landscape, norms  # noqa: E402
 from rtd.last_layer import last_layer_loss, output_log_mean_exp  # noqa: E402
 from rtd.models import ENCODERS, build_network, materialize  # noqa: E402
 from rtd.probes import extract_features, knn_probe, linear_probe  # noqa: E402
+from rtd.train import Trainer  # noqa: E402
 
 BF16 = torch.bfloat16
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
@@ -149,8 +154,10 @@ def in_child(function, *arguments):
 
 
 def own_peak_megabytes():
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent process had when it started this one
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def peak_memory(args, name, images):
@@ -202,6 +209,56 @@ def bench_probe(args, device):
         print(f"| {name} | {s:.1f} | {s / seconds['feature extraction']:.2f} |")
 
 
+def bench_imp(args, device):
+    """A step of supervised training, augmentation included, dense and masked, against the bare encoder."""
+    batches = 4
+    data = some_data(batches * args.batch_size, args.batch_size, device)
+    rows = {"bare encoder, forward + backward": bare_encoder(args, device, data)}
+    for name in ("supervised step", "supervised step, masked"):
+        (start,) = load_starts(["random"], args.encoder, data, 0)
+        classifier = build_classifier(start, data.num_classes, torch.Generator().manual_seed(0)).to(device)
+        generators = {stream: torch.Generator().manual_seed(0) for stream in ("batch-order", "augmentation")}
+        trainer = Trainer(classifier, data, 10**6, generators, lr=1e-4, batch_size=args.batch_size)
+        if "masked" in name:
+            weights = pruning.prunable(classifier)
+            masks = pruning.prune_smallest(pruning.dense_masks(weights), weights, 10**6)
+            trainer.after_step = pruning.Masking(weights, masks)
+        rows[name] = trainer.train_epoch
+    seconds = medians(rows, args.rounds, device)
+    seconds = {name: s / (1 if "bare" in name else batches) for name, s in seconds.items()}
+    print_ratios(seconds, "step")
+
+
+def bench_landscape(args, device):
+    """A point of a landscape, without probes, against a bare eval forward of the same network over the same images."""
+    data = some_data(7 * args.batch_size, args.batch_size, device)
+    teacher, student = teacher_and_student(args, device)
+    states = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in (teacher, student)]
+    states.append({name: -tensor if tensor.is_floating_point() else tensor for name, tensor in states[0].items()})
+    plane = Plane(states, [name for name, _ in student.named_parameters()])
+    landscape = Landscape(teacher, data)
+    student.eval()
+
+    @torch.no_grad()
+    def forward():
+        for name in ("train", "test"):
+            for x in landscape.batches(name):
+                student(x)
+
+    def point():
+        norms(plane.write_(student, 0.3, 0.2))
+        landscape.evaluate(student)
+
+    print_ratios(medians({"bare eval forward": forward, "point": point}, args.rounds, device), f"{8 * args.batch_size} images")
+
+
+def print_ratios(seconds, of):
+    """A table of seconds against those of the first row."""
+    print(f"| | ms a {of} | x bare |\n|---|---:|---:|" if of == "step" else f"| | ms, {of} | x bare |\n|---|---:|---:|")
+    for name, s in seconds.items():
+        print(f"| {name} | {1000 * s:.0f} | {s / next(iter(seconds.values())):.2f} |")
+
+
 def bench_precision(args, device):
     """What float32 and bf16 leave of a small KL and of its gradient; the truth is float64's."""
     generator = torch.Generator().manual_seed(0)
@@ -228,6 +285,7 @@ def bench_precision(args, device):
 
 
 PARTS = {"precision": bench_precision, "step": bench_step, "memory": bench_memory, "scaling": bench_scaling, "probe": bench_probe}
+PARTS |= {"imp": bench_imp, "landscape": bench_landscape}
 
 
 def main():
@@ -247,7 +305,7 @@ def main():
     for encoder in args.encoder:
         one = argparse.Namespace(**{**vars(args), "encoder": encoder})
         for name in args.only:
-            if name == "step" or encoder == args.encoder[0]:
+            if name in ("step", "imp", "landscape") or encoder == args.encoder[0]:
                 print(f"\n### {name}: {encoder}, batch {args.batch_size}, {args.out_dim} outputs\n", flush=True)
                 PARTS[name](one, device)
 
