@@ -221,7 +221,8 @@ def bench_imp(args, device):
         trainer = Trainer(classifier, data, 10**6, generators, lr=1e-4, batch_size=args.batch_size)
         if "masked" in name:
             weights = pruning.prunable(classifier)
-            masks = pruning.prune_smallest(pruning.dense_masks(weights), weights, 10**6)
+            masks = pruning.dense_masks(weights)
+            masks = pruning.prune_smallest(masks, weights, pruning.remaining(masks) // 2)
             trainer.after_step = pruning.Masking(weights, masks)
         rows[name] = trainer.train_epoch
     seconds = medians(rows, args.rounds, device)
