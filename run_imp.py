@@ -60,7 +60,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.deterministic)
     with distributed.process_group(device):
         data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
         starts = load_starts(args.init, args.encoder, data, args.seed)

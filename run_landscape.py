@@ -91,7 +91,7 @@ def main(args):
     if args.plot_only is not None:
         draw_only(args)
         return
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.deterministic)
     with distributed.process_group(device):
         contents, states, names = load_networks(args)
         data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)

@@ -71,7 +71,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.deterministic)
     with distributed.process_group(device):
         data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
         if args.line_subset is not None and args.line_subset > len(data.train):

@@ -41,7 +41,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.deterministic)
     if args.out.exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists already: --overwrite replaces it, or give another file")
     loaded = [checkpoint.load_checkpoint(path) for path in args.checkpoints]  # all, before anything is computed

@@ -63,7 +63,7 @@ def add_data_flags(parser, dataset="digits"):
 
 
 def add_device_flags(parser):
-    """--device, --precision."""
+    """--device, --precision, --deterministic."""
     group = parser.add_argument_group("device")
     group.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU where there is one")
     group.add_argument(
@@ -72,6 +72,7 @@ def add_device_flags(parser):
         default="fp32",
         help="bf16 runs convolutions and matrix products in bfloat16: about twice as fast where the hardware has it",
     )
+    group.add_argument("--deterministic", action="store_true", help="the same bits on every run on a GPU too; slower there")
 
 
 def add_training_flags(parser):

@@ -1,5 +1,7 @@
 """Where and in which precision a run computes."""
 
+import os
+
 import torch
 
 from rtd import distributed
@@ -9,8 +11,16 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16")
 
 
-def pick_device(name):
-    """The torch.device for ``--device``; auto takes CUDA, then MPS, then the CPU. Under torchrun each process its own GPU."""
+def pick_device(name, deterministic=False):
+    """The torch.device for ``--device``; auto takes CUDA, then MPS, then the CPU. Under torchrun each process its own GPU.
+
+    deterministic: let torch use only algorithms that give the same bits each time, for the whole process. On CPUs all that is
+    used here do anyway; on GPUs some faster ones do not.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for; read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer here is written before it is read
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
