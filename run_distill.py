@@ -12,24 +12,25 @@ Writes config.json, log.csv (a row an epoch), checkpoint.pt, best.pt and curves.
 """
 
 import argparse
+import functools
 import math
 import time
 from pathlib import Path
 
 import torch
 
-from rtd import checkpoint, cli, distributed, logs, plots, runs
+from rtd import checkpoint, cli, distributed, logs, plots, runs, stopping
 from rtd.data import load_dataset, normalize
 from rtd.device import describe, pick_device
-from rtd.distill import Distiller, FrozenTeacher, distance
+from rtd.distill import Distiller, FrozenTeacher, distance, evaluate_start, weighted_mean
 from rtd.errors import Diverged, InputError
 from rtd.init import init_network_, init_student_, random_stream
-from rtd.last_layer import LOSSES
+from rtd.last_layer import LOSSES, LastLayerLoss
 from rtd.models import ENCODERS, build_network, materialize, parameter_count
 from rtd.probes import probe_encoder, probe_input
 from rtd.progress import progress
 
-TRAINING = ("loss", "kl", "teacher_entropy", "student_entropy")
+TRAINING = LastLayerLoss._fields
 DISTANCES = ("distance_encoder", "distance_head", "distance_total")
 PROBED = tuple(f"{who}_{probe}" for who in ("student", "teacher", "input") for probe in ("linear", "knn"))
 COLUMNS = ("epoch", "step", *TRAINING, *DISTANCES, *PROBED, "images_per_second", "seconds")
@@ -125,11 +126,11 @@ def distill(args, data, device):
         fused=device.type != "mps",
     )
     batch_order = random_stream(args.seed, "batch-order")
-    done, step, best, seconds, baselines = -1, 0, -math.inf, 0.0, None
+    done, best, seconds, baselines, so_far = -1, -math.inf, 0.0, None, None
     if resumed is not None:
-        done, step = resumed["epoch"], resumed["step"]
-        best, seconds, baselines = restore(resumed, student, optimizer, batch_order, folder)
-        cli.say(f"resumed after epoch {done}")
+        done = resumed["epoch"]
+        best, seconds, baselines, so_far = restore(resumed, student, optimizer, batch_order, folder)
+        cli.say(f"resumed after epoch {done}" + (f", step {resumed['step']}" if so_far["losses"] else ""))
 
     # What the frozen teacher says about each image, once; then the teacher itself is not needed any more.
     teacher_state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -150,25 +151,8 @@ def distill(args, data, device):
             log.cut(done)
     cli.say(runs.table_header(args.probe))
 
-    for epoch in range(done + 1, args.epochs + 1):
-        row = dict.fromkeys(COLUMNS) | baselines | {"epoch": epoch}
-        if epoch == 0:
-            row |= evaluate_start(distiller, data)
-        else:
-            training_began = time.perf_counter()
-            order = torch.randperm(len(data.train), generator=batch_order)
-            training, step = train_epoch(trained, optimizer, data, order, epoch, step, args)
-            row |= training | {"images_per_second": len(data.train) / (time.perf_counter() - training_began)}
-        row |= {"step": step} | distance(student, student_init)
-        if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
-            options = cli.probe_options(args) | {"name": f"student-{epoch}"}
-            row |= prefixed("student", probe_encoder(student.encoder, data, args.precision, **options))
-        if not distributed.is_main():
-            continue
-        row["seconds"] = seconds + time.perf_counter() - began
-        log.append(row)
-        cli.say(runs.table_line(row, args.probe))
-        contents = {
+    def contents(epoch, step):
+        return {
             "model": model,
             "teacher": teacher_state,
             "student": student.state_dict(),
@@ -178,18 +162,42 @@ def distill(args, data, device):
             "step": step,
             "config": logs.provenance(args, device),
         }
+
+    def save(epoch, stream, so_far):
+        """checkpoint.pt, after an epoch and maybe some steps of the next: ``so_far``, in an order drawn from ``stream``."""
+        step = epoch * steps + len(so_far["losses"])
+        saved = {"optimizer": optimizer.state_dict(), "generators": {"batch-order": stream}, "so_far": so_far}
+        saved |= {"baselines": baselines, "best": best, "seconds": seconds + time.perf_counter() - began}
+        checkpoint.save_checkpoint(folder / "checkpoint.pt", contents(epoch, step) | {"progress": saved})
+
+    steps = math.ceil(len(data.train) / args.batch_size)  # of an epoch
+    for epoch in range(done + 1, args.epochs + 1):
+        row = dict.fromkeys(COLUMNS) | baselines | {"epoch": epoch}
+        if epoch == 0:
+            row |= evaluate_start(distiller, data)
+        else:
+            training_began = time.perf_counter()
+            so_far = so_far or nothing_yet()
+            stream = batch_order.get_state()
+            order = torch.randperm(len(data.train), generator=batch_order)
+            with stopping.saving(functools.partial(save, epoch - 1, stream, so_far)):
+                row |= train_epoch(trained, optimizer, data, order, epoch, args, so_far)
+            row["images_per_second"] = len(data.train) / (time.perf_counter() - training_began)
+            so_far = None
+        row |= {"step": epoch * steps} | distance(student, student_init)
+        if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
+            options = cli.probe_options(args) | {"name": f"student-{epoch}"}
+            row |= prefixed("student", probe_encoder(student.encoder, data, args.precision, **options))
+        if not distributed.is_main():
+            continue
+        row["seconds"] = seconds + time.perf_counter() - began
+        log.append(row)
+        cli.say(runs.table_line(row, args.probe))
         judged = row[f"student_{args.probe[0]}"] if args.probe else None
         if epoch > 0 and judged is not None and judged > best:
             best = judged
-            checkpoint.save_checkpoint(folder / "best.pt", contents)
-        contents["progress"] = {
-            "optimizer": optimizer.state_dict(),
-            "generators": {"batch-order": batch_order.get_state()},
-            "baselines": baselines,
-            "best": best,
-            "seconds": row["seconds"],
-        }
-        checkpoint.save_checkpoint(folder / "checkpoint.pt", contents)
+            checkpoint.save_checkpoint(folder / "best.pt", contents(epoch, epoch * steps))
+        save(epoch, batch_order.get_state(), nothing_yet())
 
     if distributed.is_main():
         cli.draw(args, plots.plot_curves, folder / "curves.png", [log.path], title(args))
@@ -208,7 +216,8 @@ def load_progress(path, args):
 
 
 def restore(resumed, student, optimizer, batch_order, folder):
-    """Put back where training stood; returns the best probe so far, the seconds spent, and the baselines' probes."""
+    """Put back where training stood. Returns the best probe so far, the seconds spent, the baselines' probes and what
+    training had gathered of the next epoch, if it was stopped there."""
     try:
         saved = resumed["progress"]
         student.load_state_dict(resumed["student"])
@@ -216,61 +225,56 @@ def restore(resumed, student, optimizer, batch_order, folder):
         if any(t.ndim and t.shape != p.shape for p, state in optimizer.state.items() for t in state.values()):
             raise ValueError("its optimizer's state is of another network")
         batch_order.set_state(saved["generators"]["batch-order"])
-        return float(saved["best"]), float(saved["seconds"]), dict(saved["baselines"])
+        device = next(student.parameters()).device
+        so_far = {name: [torch.as_tensor(value).to(device) for value in saved["so_far"][name]] for name in nothing_yet()}
+        for name, shape in (("losses", ()), ("watched", (3,))):
+            if any(value.shape != shape or not value.is_floating_point() for value in so_far[name]):
+                raise ValueError(f"its {name} are not numbers")
+        return float(saved["best"]), float(saved["seconds"]), dict(saved["baselines"]), so_far
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'checkpoint.pt'} cannot be resumed: {' '.join(str(error).split())[:200]}") from error
 
 
-def train_epoch(trained, optimizer, data, order, epoch, step, args):
-    """One pass over the images in the given order. Returns the epoch's means for the log, and the step reached."""
+def nothing_yet():
+    """What ``train_epoch`` gathers, at the start of an epoch: each step's loss; KL and entropies of the steps watched."""
+    return {"losses": [], "watched": []}
+
+
+def train_epoch(trained, optimizer, data, order, epoch, args, so_far):
+    """One pass over the images in the given order. Returns the epoch's means for the log.
+
+    ``so_far``: ``nothing_yet()``, or what an earlier process gathered of this epoch, whose steps are then left out.
+    """
     trained.train()
     device = data.train.images.device
     batches = order.split(args.batch_size)
-    losses = torch.zeros(len(batches), device=device)  # read once, at the end: on a GPU, reading waits
-    watched, sizes = [], []
-    bar = progress(batches, f"epoch {epoch}", "steps") if distributed.is_main() else batches
-    for i, batch in enumerate(bar):
+    losses, watched = so_far["losses"], so_far["watched"]
+    first, done = (epoch - 1) * len(batches), len(losses)
+    to_watch = [i for i in range(len(batches)) if i == 0 or (first + i) % args.log_every == 0]
+    bar = progress(batches[done:], f"epoch {epoch}", "steps") if distributed.is_main() else batches[done:]
+    for i, batch in enumerate(stopping.steps(bar), done):
+        step = first + i
         mine, factor = distributed.share(batch)  # all of the batch, and 1, in a single process
         mine = mine.to(device)
         images = normalize(data.train.images[mine], data.mean, data.std)
-        diagnostics = step % args.log_every == 0 or i == 0
+        diagnostics = i in to_watch
         result = trained(images, mine, diagnostics, "fp32" if step < args.fp32_steps else args.precision)
-        losses[i] = factor * result.loss.detach()
-        if device.type == "cpu" and not torch.isfinite(losses[i]):
+        loss = factor * result.loss
+        if device.type == "cpu" and not torch.isfinite(loss):
             stop_diverged(epoch, step + 1, args)
         optimizer.zero_grad()
-        (factor * result.loss).backward()
+        loss.backward()
         optimizer.step()  # of the student alone
-        step += 1
+        losses.append(loss.detach())  # read once, at the end of the epoch: on a GPU, reading waits
         if diagnostics:
             watched.append(factor * torch.stack(result[1:]))
-            sizes.append(len(batch))
             if hasattr(bar, "set_postfix"):
-                bar.set_postfix(loss=f"{losses[i].item():.4f}")
-    loss = distributed.average(weighted_mean(losses, [len(batch) for batch in batches]))
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+    loss = distributed.average(weighted_mean(torch.stack(losses), [len(batch) for batch in batches]))
     if not all(tensor.isfinite().all() for tensor in (loss, *trained.parameters())):  # the last step may have done it
-        stop_diverged(epoch, step, args)
-    means = distributed.average(weighted_mean(torch.stack(watched), sizes))
-    return dict(zip(TRAINING, [loss.item(), *means.tolist()], strict=True)), step
-
-
-@torch.no_grad()
-def evaluate_start(distiller, data, batch_size=256):
-    """The log's training columns before the first step: means over the training images, batch statistics as in training."""
-    buffers = {name: buffer.clone() for name, buffer in distiller.student.named_buffers()}
-    distiller.train()
-    index = torch.arange(len(data.train), device=data.train.images.device).split(batch_size)
-    results = [distiller(normalize(data.train.images[i], data.mean, data.std), i, True, "fp32") for i in index]
-    for name, buffer in distiller.student.named_buffers():  # batch norm has moved its running statistics
-        buffer.copy_(buffers[name])
-    means = weighted_mean(torch.stack([torch.stack(result) for result in results]), [len(i) for i in index])
-    return dict(zip(TRAINING, means.tolist(), strict=True))
-
-
-def weighted_mean(values, weights):
-    """Mean over dim 0 of ``values`` (a tensor) with ``weights`` (a list of numbers)."""
-    weights = torch.tensor(weights, device=values.device, dtype=values.dtype)
-    return torch.tensordot(weights / weights.sum(), values, dims=1)
+        stop_diverged(epoch, first + len(batches), args)
+    means = distributed.average(weighted_mean(torch.stack(watched), [len(batches[i]) for i in to_watch]))
+    return dict(zip(TRAINING, [loss.item(), *means.tolist()], strict=True))
 
 
 def stop_diverged(epoch, step, args):

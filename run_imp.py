@@ -13,8 +13,9 @@ Each start and rewind epoch is a chain. Writes config.json, imp.csv (a row a rou
 """
 
 from dataclasses import replace
+from functools import partial
 
-from rtd import checkpoint, cli, distributed, logs, plots, pruning, runs
+from rtd import checkpoint, cli, distributed, logs, plots, pruning, runs, stopping
 from rtd.classifier import build_classifier, empty_classifier, load_starts
 from rtd.data import load_dataset
 from rtd.device import describe, pick_device
@@ -136,10 +137,11 @@ def run_chain(path, start, rewind_epoch, data, args, device):
         while trainer.epoch < args.epochs:
             if rewind is None and trainer.epoch == rewind_epoch:
                 rewind = trainer.state()
-            trainer.run_epoch()
+            save = partial(save_progress, saved, trainer, {"round": round_, "masks": masks, "rewind": rewind, "config": config})
+            with stopping.saving(save):
+                trainer.run_epoch()
             if distributed.is_main() and (trainer.epoch % args.save_every == 0 or trainer.epoch == args.epochs):
-                contents = {"round": round_, "masks": masks, "rewind": rewind, "training": trainer.state(), "config": config}
-                checkpoint.save_state(saved, contents, FORMAT)
+                save()
         if distributed.is_main():
             left = pruning.remaining(masks)
             new = trainer.accuracies[rewind_epoch if round_ else 0 :]  # of this round's epochs
@@ -149,6 +151,10 @@ def run_chain(path, start, rewind_epoch, data, args, device):
             row |= {"epochs": len(new), "seconds": seconds}
             log.append(row)
             yield row
+
+
+def save_progress(path, trainer, contents):
+    checkpoint.save_state(path, {**contents, "training": trainer.state()}, FORMAT)
 
 
 def load_progress(path, trainer, weights, args):

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import torch
 
-from rtd import checkpoint, cli, distributed, logs, plots, runs
+from rtd import checkpoint, cli, distributed, logs, plots, runs, stopping
 from rtd.classifier import build_classifier, load_starts
 from rtd.data import load_dataset, take
 from rtd.device import autocast, describe, pick_device
@@ -118,15 +118,20 @@ def train_run(path, start, run, data, args, device):
     trainer = Trainer(classifier, data, args.epochs, generators, args.lr, args.batch_size, args.precision)
     trainer.name = f"{start.spec}, run {run}"
     config = logs.provenance(args, device)
+
+    def save():
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.save_state(path, {"training": trainer.state(), "config": config}, FORMAT)
+
     resumed = args.resume and path.exists()
     distributed.barrier()  # all have looked before the main process writes
     if resumed:
         trainer.resume(checkpoint.load_state(path, FORMAT, KEYS, "run_lmc.py", mmap=False)["training"], path)
     while trainer.epoch < args.epochs:
-        trainer.run_epoch()
+        with stopping.saving(save):
+            trainer.run_epoch()
         if distributed.is_main() and (trainer.epoch % args.save_every == 0 or trainer.epoch == args.epochs):
-            path.parent.mkdir(exist_ok=True)
-            checkpoint.save_state(path, {"training": trainer.state(), "config": config}, FORMAT)
+            save()
     final, best = trainer.accuracies[-1], max(trainer.accuracies)
     cli.say(f"{trainer.name}: test accuracy {final:.2f} % (best {best:.2f} %), {trainer.seconds:.1f} s")
 

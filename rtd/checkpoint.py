@@ -9,7 +9,7 @@ checkpoint holds:
     data            {"name", "mean", "std"}: what it was distilled on, and the normalisation that belongs to the weights
     epoch, step     how far training went
     config          flags, versions, command: ``rtd.logs.provenance``
-    progress        only in checkpoint.pt, for --resume: optimizer, generators, results so far
+    progress        only in checkpoint.pt, for --resume: optimizer, generators, results so far, of an unfinished epoch too
 """
 
 import hashlib

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from rtd import distributed, plots
+from rtd import distributed, plots, stopping
 from rtd.data import DATASETS
 from rtd.device import DEVICES, PRECISIONS
 from rtd.errors import Diverged, InputError
@@ -166,22 +166,14 @@ def draw(args, plot, path, *arguments):
     say(f"figure: {path}")
 
 
-class _Terminated(BaseException):
-    """SIGTERM came; like KeyboardInterrupt, not for ``except Exception`` to swallow."""
-
-
-def _terminate(*_):
-    raise _Terminated
-
-
 def run(main, args):
     """Call main(args); turn bad input, a diverged loss, a failing write and signals into one sentence and an exit code.
 
     2: bad input, or a file that cannot be written; 1: the loss is not finite; 130: Ctrl-C; 143: SIGTERM, a cluster's
-    warning before it kills. All results up to the last checkpoint stand in any case.
+    warning before it kills (``rtd.stopping``). All results up to the last checkpoint stand in any case.
     """
     script = os.path.basename(sys.argv[0])
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, stopping.on_sigterm)
     try:
         main(args)
     except InputError as error:
@@ -192,7 +184,7 @@ def run(main, args):
         code, message = 2, f"{error.filename or 'a file'}: {error.strerror or error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; --resume continues from the last checkpoint"
-    except _Terminated:
+    except stopping.Terminated:
         code, message = 143, "terminated; --resume continues from the last checkpoint"
     else:
         return

@@ -16,7 +16,7 @@ from torch import nn
 from rtd import distributed
 from rtd.data import normalize
 from rtd.device import autocast
-from rtd.last_layer import last_layer_loss, output_log_mean_exp
+from rtd.last_layer import LastLayerLoss, last_layer_loss, output_log_mean_exp
 
 
 class FrozenTeacher:
@@ -89,3 +89,22 @@ def distance(network, start):
         difference = parameter - start[name].to(parameter.device)
         squares[name.split(".")[0]] += difference.square().sum().item()  # pairwise summation; vector_norm's is plainer
     return {f"distance_{part}": value**0.5 for part, value in (squares | {"total": sum(squares.values())}).items()}
+
+
+@torch.no_grad()
+def evaluate_start(distiller, data, batch_size=256):
+    """{field of ``LastLayerLoss``: mean over the training images}, with batch statistics as in training, but without a step."""
+    buffers = {name: buffer.clone() for name, buffer in distiller.student.named_buffers()}
+    distiller.train()
+    index = torch.arange(len(data.train), device=data.train.images.device).split(batch_size)
+    results = [distiller(normalize(data.train.images[i], data.mean, data.std), i, True, "fp32") for i in index]
+    for name, buffer in distiller.student.named_buffers():  # batch norm has moved its running statistics
+        buffer.copy_(buffers[name])
+    means = weighted_mean(torch.stack([torch.stack(result) for result in results]), [len(i) for i in index])
+    return dict(zip(LastLayerLoss._fields, means.tolist(), strict=True))
+
+
+def weighted_mean(values, weights):
+    """Mean over dim 0 of ``values`` (a tensor) with ``weights`` (a list of numbers)."""
+    weights = torch.tensor(weights, device=values.device, dtype=values.dtype)
+    return torch.tensordot(weights / weights.sum(), values, dims=1)

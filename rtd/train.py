@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from rtd import distributed
+from rtd import distributed, stopping
 from rtd.augmentation import augment, draw_augmentation
 from rtd.data import normalize
 from rtd.device import autocast
@@ -56,6 +56,7 @@ class Trainer:
         self.classifier, self.data, self.epochs, self.generators = classifier, data, epochs, generators
         self.lr, self.batch_size, self.precision, self.name = lr, batch_size, precision, name
         self.epoch = 0  # how many are done
+        self.losses, self._streams = [], None  # of the batches of the current epoch; the generators' states as it began
         self.accuracies, self.seconds = [], 0.0  # on the test split, after each epoch; of all epochs, tests included
         self.optimizer = torch.optim.SGD(
             classifier.parameters(),
@@ -68,7 +69,10 @@ class Trainer:
         self._trained = distributed.data_parallel(classifier)
 
     def run_epoch(self):
-        """Train for an epoch, then test: one more of ``accuracies``. Raises Diverged for a loss that is not finite."""
+        """Train for an epoch, then test: one more of ``accuracies``. Raises Diverged for a loss that is not finite.
+
+        ``Terminated(between_steps=True)`` leaves a ``state`` from which the epoch goes on where it stopped.
+        """
         began = time.perf_counter()
         self.train_epoch()
         accuracy, _ = evaluate(self.classifier, self.data.test, self.data.mean, self.data.std, self.precision)
@@ -80,12 +84,14 @@ class Trainer:
         data, device = self.data, self.data.train.images.device
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.epoch, self.epochs, self.lr)
+        self._streams = {name: generator.get_state() for name, generator in self.generators.items()}
         order = torch.randperm(len(data.train), generator=self.generators["batch-order"])
         draws = draw_augmentation(len(data.train), self.generators["augmentation"]).to(device)  # row i is for image i
         batches = order.split(self.batch_size)
-        total = torch.zeros((), device=device, dtype=torch.float64)  # read at the end: on a GPU, reading waits
+        done = len(self.losses)  # not 0 if the epoch goes on
         self._trained.train()
-        for step, batch in enumerate(progress(batches, f"{self.name}, epoch {self.epoch + 1}", "steps")):
+        bar = progress(batches[done:], f"{self.name}, epoch {self.epoch + 1}", "steps")
+        for step, batch in enumerate(stopping.steps(bar), done):
             mine, factor = distributed.share(batch)  # all of the batch, and 1, in a single process
             mine = mine.to(device)
             images = normalize(augment(data.train.images[mine], draws[mine]), data.mean, data.std)
@@ -100,7 +106,9 @@ class Trainer:
             self.optimizer.step()
             if self.after_step is not None:
                 self.after_step()
-            total += whole * len(batch)
+            self.losses.append(whole * len(batch))  # read at the end of the epoch: on a GPU, reading waits
+        total = torch.stack(self.losses).sum()
+        self.losses, self._streams = [], None
         self.epoch += 1
         distributed.broadcast_tensors(self.classifier.buffers())  # batch norm's statistics: the main process's for all
         if not all(torch.isfinite(value).all() for value in (total, *self.classifier.parameters())):
@@ -124,13 +132,16 @@ class Trainer:
                 "seconds": self.seconds,
                 "classifier": self.classifier.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "generators": {name: generator.get_state() for name, generator in self.generators.items()},
+                "generators": self._streams or {name: generator.get_state() for name, generator in self.generators.items()},
+                "losses": self.losses,
             }
         )
 
     def load_state(self, state):
         """Go back, or on, to a ``state``, which stays as it is."""
         self.epoch, self.accuracies, self.seconds = state["epoch"], list(state["accuracies"]), state["seconds"]
+        device = next(self.classifier.parameters()).device
+        self.losses, self._streams = [loss.to(device) for loss in state["losses"]], None
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(_copied(state["optimizer"]))  # the optimizer keeps, and changes, what it is given
         for name, generator in self.generators.items():
@@ -142,6 +153,8 @@ class Trainer:
             self.load_state(state)
             if not 0 <= self.epoch <= self.epochs or len(self.accuracies) != self.epoch:
                 raise ValueError(f"it stands after epoch {self.epoch}, of {self.epochs}")
+            if any(loss.shape != () or loss.dtype != torch.float64 or not loss.isfinite() for loss in self.losses):
+                raise ValueError("its losses are not numbers")
             if not all(0 <= accuracy <= 100 for accuracy in self.accuracies) or not self.seconds >= 0:
                 raise ValueError("its accuracies are not percentages")
             if not all(torch.isfinite(tensor).all() for tensor in self.classifier.state_dict().values()):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -136,6 +138,24 @@ def test_killed_and_resumed_equals_unbroken(imp_run, tmp_path, chain, rows):
     stdout, _ = finish(start("run_imp", *FLAGS, "--out", out, "--resume"))
     assert f"rewind {chain[-1]}: resumed in round" in stdout
     assert_same_run(out, imp_run)
+
+
+def test_sigterm_within_an_epoch_loses_no_step(imp_run, script, tmp_path, monkeypatch):
+    """Rounds have three epochs of three steps; the signal comes in the second round, while the optimizer is at work."""
+    calls, plain = iter(range(1, 1000)), torch.optim.SGD.step
+
+    def signalled(optimizer, *arguments):
+        plain(optimizer, *arguments)
+        if next(calls) == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", signalled)
+    flags = [*FLAGS, "--out", tmp_path / "run", "--resume"]
+    assert script("run_imp", *flags).code == 143
+    training = torch.load(tmp_path / "run" / "chains" / "init0-rewind0.pt", weights_only=True)["training"]
+    assert (training["epoch"], len(training["losses"])) == (1, 2)
+    assert script("run_imp", *flags).code == 0
+    assert_same_run(tmp_path / "run", imp_run)
 
 
 def stop_in_epoch(monkeypatch, number):
