@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from rtd import checkpoint
 
@@ -324,3 +326,11 @@ def test_a_full_disk_stops_in_a_sentence_and_loses_nothing(script, tiny_run, tmp
     assert script("run_distill", *flags).code == 0
     ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True)["student"] for f in (tmp_path / "run", tiny_run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_torchvision_of_another_torch_is_named(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "run_distill.py"], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "torchvision does not work with the installed torch" in result.stderr and "nms" in result.stderr
