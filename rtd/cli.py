@@ -56,8 +56,8 @@ def add_data_flags(parser, dataset="digits"):
     """--dataset, --data-dir, --download, --subset, --test-subset."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default=dataset, help="digits needs no files; the others need --data-dir")
-    group.add_argument("--data-dir", metavar="DIR", help="folder of cifar10 (torchvision's layout), or of train/ and test/ trees")
-    group.add_argument("--download", action="store_true", help="fetch cifar10 into --data-dir if it is not there")
+    group.add_argument("--data-dir", metavar="DIR", help="folder in torchvision's layout, or of train/ and test/ trees")
+    group.add_argument("--download", action="store_true", help="fetch a published set into --data-dir if it is not there")
     group.add_argument("--subset", type=positive_int, metavar="N", help="use N training images, class-balanced; all by default")
     group.add_argument("--test-subset", type=positive_int, metavar="N", help="use N test images, class-balanced; all by default")
 

@@ -113,19 +113,43 @@ def load_digits():
     return Dataset("digits", train, test, 10, *channel_statistics(train.images))
 
 
-def load_cifar10(data_dir, download=False):
-    """CIFAR-10 through torchvision, checksums verified: 50,000 train, 10,000 test images."""
+CIFAR_CONSTANTS = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # mean and std; CIFAR-10's, which the paper uses for both
+IMAGENET_CONSTANTS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PUBLISHED = {  # torchvision's class, what it expects in --data-dir, number of classes, normalisation
+    "cifar10": ("CIFAR10", "cifar-10-batches-py with data_batch_1 to data_batch_5 and test_batch", 10, CIFAR_CONSTANTS),
+    "cifar100": ("CIFAR100", "cifar-100-python with train, test and meta", 100, CIFAR_CONSTANTS),
+    "stl10": ("STL10", "stl10_binary with train_X.bin, train_y.bin, test_X.bin and test_y.bin", 10, IMAGENET_CONSTANTS),
+}
+
+
+def load_published(name, data_dir, download=False):
+    """One of ``PUBLISHED`` through torchvision, checksums verified, brought to 32x32; without STL-10's unlabelled images."""
+    kind, expected, num_classes, constants = PUBLISHED[name]
     splits = []
-    for train in (True, False):
+    for which in ("train", "test"):
+        part = {"split": which} if name == "stl10" else {"train": which == "train"}
         try:
-            source = torchvision.datasets.CIFAR10(data_dir, train=train, download=download)
+            source = getattr(torchvision.datasets, kind)(data_dir, download=download, **part)
         except RuntimeError as error:
             raise InputError(
-                f"--data-dir {data_dir}: no intact CIFAR-10 here. Expected is the folder cifar-10-batches-py with "
-                "data_batch_1 to data_batch_5 and test_batch; --download fetches it"
+                f"--data-dir {data_dir}: no intact {kind} here. Expected is the folder {expected}; --download fetches it"
             ) from error
-        splits.append(Split(torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)))
-    return Dataset("cifar10", *splits, 10, (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))
+        images = torch.from_numpy(source.data)
+        if name == "stl10":  # (N, 3, 96, 96), the others (N, 32, 32, 3)
+            images, labels = shrink(images), source.labels
+        else:
+            images, labels = images.permute(0, 3, 1, 2).contiguous(), source.targets
+        splits.append(Split(images, torch.as_tensor(labels, dtype=torch.int64)))
+    return Dataset(name, *splits, num_classes, *constants)
+
+
+def shrink(images, size=IMAGE_SIZE):
+    """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, bilinear with antialiasing."""
+    parts = [
+        F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
+        for part in images.split(1000)
+    ]
+    return torch.cat(parts)
 
 
 def _class_folders(root):
@@ -199,7 +223,7 @@ def load_folder(data_dir, size=IMAGE_SIZE):
     return Dataset("folder", train, test, len(classes), *channel_statistics(train.images))
 
 
-DATASETS = ("digits", "cifar10", "folder")
+DATASETS = ("digits", *PUBLISHED, "folder")
 
 
 def load_dataset(name, data_dir=None, download=False, subset=None, test_subset=None):
@@ -211,14 +235,14 @@ def load_dataset(name, data_dir=None, download=False, subset=None, test_subset=N
         raise InputError(f"--dataset: unknown data set '{name}': choose one of {', '.join(DATASETS)}")
     if name != "digits" and data_dir is None:
         raise InputError(f"--dataset {name} needs --data-dir, the folder that holds it")
-    if download and name != "cifar10":
+    if download and name not in PUBLISHED:
         raise InputError(f"--download: {name} has no download")
     if name == "digits":
         data = load_digits()
-    elif name == "cifar10":
+    elif name in PUBLISHED:
         if not download and not os.path.isdir(data_dir):
-            raise InputError(f"--data-dir {data_dir}: no such folder; --download makes it and fetches CIFAR-10")
-        data = load_cifar10(data_dir, download)
+            raise InputError(f"--data-dir {data_dir}: no such folder; --download makes it and fetches {name}")
+        data = load_published(name, data_dir, download)
     else:
         data = load_folder(data_dir)
     for flag, split, n in (("--subset", data.train, subset), ("--test-subset", data.test, test_subset)):

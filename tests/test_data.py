@@ -153,7 +153,7 @@ def test_folder_mistakes_are_named(tree):
 def test_cifar10_through_torchvision():
     loaded = data.load_dataset("cifar10", CIFAR10, subset=1000, test_subset=100)
     assert torch.bincount(loaded.train.labels).tolist() == [100] * 10
-    whole = data.load_cifar10(CIFAR10)
+    whole = data.load_published("cifar10", CIFAR10)
     assert whole.train.images.shape == (50_000, 3, 32, 32)
     np.testing.assert_allclose(data.channel_statistics(whole.train.images)[0], whole.mean, atol=1e-4)
 
@@ -165,3 +165,33 @@ def test_missing_or_damaged_cifar10_is_named(tmp_path):
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
     with pytest.raises(InputError, match="data_batch_1 to data_batch_5"):
         data.load_dataset("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("cifar100", "CIFAR100"), ("stl10", "STL10")])
+def test_published_sets_are_read_as_torchvision_gives_them(tmp_path, monkeypatch, name, kind):
+    """What torchvision's classes hold, which are replaced here: the images of one are channels-last, of the other 96x96."""
+    rng = np.random.default_rng(0)
+
+    class Source:
+        def __init__(self, root, download=False, **part):
+            n = 30 if part in ({"train": True}, {"split": "train"}) else 10
+            assert root == tmp_path and part in ({"train": n == 30}, {"split": "train" if n == 30 else "test"})
+            shape = (n, 32, 32, 3) if kind == "CIFAR100" else (n, 3, 96, 96)
+            self.data = rng.integers(0, 256, shape, dtype=np.uint8)
+            self.targets, self.labels = list(range(n)), np.arange(n, dtype=np.uint8)
+            sources.append(self)
+
+    sources = []
+    monkeypatch.setattr(data.torchvision.datasets, kind, Source)
+    loaded = data.load_dataset(name, tmp_path)
+    assert (len(loaded.train), len(loaded.test), loaded.num_classes) == (30, 10, 100 if name == "cifar100" else 10)
+    assert loaded.train.images.shape == (30, 3, 32, 32) and loaded.train.labels.tolist() == list(range(30))
+    image = sources[1].data[4] if kind == "CIFAR100" else sources[1].data[4].transpose(1, 2, 0)
+    expected = np.asarray(Image.fromarray(image).resize((32, 32), Image.BILINEAR), dtype=int)  # which antialiases
+    assert np.abs(loaded.test.images[4].permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("name", "file"), [("cifar100", "cifar-100-python"), ("stl10", "train_X.bin")])
+def test_a_missing_published_set_is_named(tmp_path, name, file):
+    with pytest.raises(InputError, match=f"{file}.*--download fetches it"):
+        data.load_dataset(name, tmp_path)
