@@ -72,7 +72,10 @@ def _map(figure, axis, xs, ys, grid, norms, points, unit, **colours):
         if xs[0] <= x <= xs[-1] and ys[0] <= y <= ys[-1]:
             axis.plot(x, y, "o", color="#D55E00", markeredgecolor="white", markersize=6)
             left = x > (xs[0] + xs[-1]) / 2
-            place = {"xytext": (-6 if left else 6, 6), "textcoords": "offset points", "ha": "right" if left else "left"}
+            # below where a neighbour to the left, at about the same height, has its name above
+            below = any(x0 < x and abs(y0 - y) < 0.1 * (ys[-1] - ys[0]) for _, x0, y0 in points)
+            place = {"xytext": (-6 if left else 6, -6 if below else 6), "textcoords": "offset points"}
+            place |= {"ha": "right" if left else "left", "va": "top" if below else "bottom"}
             axis.annotate(_math(name), (x, y), color="white", path_effects=[withStroke(linewidth=2, foreground="black")], **place)
     axis.set(xlabel="x", ylabel="y")
 
