@@ -156,7 +156,8 @@ def make_grid(args, plane):
         values = [corner[axis] for corner in corners]
         margin = 0.25 * (max(values) - min(values))
         low, high, n = given or (min(values) - margin, max(values) + margin, 25)
-        axes.append([low + (high - low) * k / (n - 1) if n > 1 else low for k in range(n)])
+        # in this form the teacher, at 0, is met exactly wherever rounding allows it
+        axes.append([(low * (n - 1 - k) + high * k) / (n - 1) if n > 1 else low for k in range(n)])
     return [(i, j, x, y) for j, y in enumerate(axes[1]) for i, x in enumerate(axes[0])]
 
 
