@@ -124,3 +124,19 @@ def test_distance_is_over_encoder_head_and_all():
     assert found["distance_encoder"] == pytest.approx(parts["encoder"] ** 0.5, rel=1e-5)
     assert found["distance_head"] == pytest.approx(parts["head"] ** 0.5, rel=1e-5)
     assert found["distance_total"] == pytest.approx((parts["encoder"] + parts["head"]) ** 0.5, rel=1e-5)
+
+
+def test_adamw_is_what_the_textbook_says(generator):
+    """Three steps of the optimizer as run_distill.py makes it, against the update written out in numpy, in float64."""
+    parameter = torch.randn(7, 5, dtype=torch.float64, generator=generator)
+    gradients = torch.randn(3, 7, 5, dtype=torch.float64, generator=generator)
+    lr, decay, beta1, beta2, eps = 0.01, 0.1, 0.9, 0.999, 1e-8
+    theta, m, v = parameter.numpy().copy(), 0.0, 0.0
+    optimizer = torch.optim.AdamW([{"params": [parameter], "weight_decay": decay}], lr=lr, fused=True)
+    for t, gradient in enumerate(gradients, start=1):
+        parameter.grad = gradient
+        optimizer.step()
+        g = gradient.numpy()
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        theta = (1 - lr * decay) * theta - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)) ** 0.5 + eps)
+        torch.testing.assert_close(parameter, torch.from_numpy(theta), rtol=1e-12, atol=1e-14)
