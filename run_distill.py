@@ -6,12 +6,13 @@ better than the teacher's. They get worse first: a dip in the first few hundred 
 
     python run_distill.py                                      # digits, nothing to download
     python run_distill.py --dataset cifar10 --data-dir data    # the paper's protocol: VGG11 on CIFAR-10, 100 epochs
-    torchrun --nproc-per-node=4 run_distill.py ...             # the same on four processes
+    python run_distill.py --alpha 0 .2 .4 .6 .8 1 --seed 0 1 2 # a sweep: 18 runs, a table and figures (Figs. 3, 17)
+    torchrun --nproc-per-node=4 run_distill.py ...             # on four processes
 
-Writes config.json, log.csv (a row an epoch), checkpoint.pt, best.pt and curves.png into the folder --out.
+Writes config.json, log.csv (a row an epoch), checkpoint.pt, best.pt and curves.png into the folder --out. The flags marked *
+take several values: each combination is a run in a folder of its own, summed up in summary.csv and two figures.
 """
 
-import argparse
 import functools
 import math
 import time
@@ -19,15 +20,17 @@ from pathlib import Path
 
 import torch
 
-from rtd import checkpoint, cli, distributed, logs, plots, runs, stopping
-from rtd.data import load_dataset, normalize
+from rtd import checkpoint, cli, distributed, logs, plot_sweep, plots, runs, stopping, sweeps
+from rtd.data import normalize
+from rtd.datasets import DATASETS, LABELLED
 from rtd.device import describe, pick_device
-from rtd.distill import Distiller, FrozenTeacher, distance, evaluate_start, weighted_mean
+from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, distance, evaluate_start, weighted_mean
 from rtd.errors import Diverged, InputError
+from rtd.head import PAPERS, parse_slots
 from rtd.init import init_network_, init_student_, random_stream
 from rtd.last_layer import LOSSES, LastLayerLoss
-from rtd.models import ENCODERS, build_network, materialize, parameter_count
-from rtd.probes import probe_encoder, probe_input
+from rtd.models import ENCODERS, NORMS, build_network, materialize, parameter_count
+from rtd.probes import prefixed, probe_baselines, probe_encoder
 from rtd.progress import progress
 
 TRAINING = LastLayerLoss._fields
@@ -36,81 +39,120 @@ PROBED = tuple(f"{who}_{probe}" for who in ("student", "teacher", "input") for p
 COLUMNS = ("epoch", "step", *TRAINING, *DISTANCES, *PROBED, "images_per_second", "seconds")
 PRODUCTS = ("config.json", "log.csv", "checkpoint.pt", "best.pt", "curves.png")
 MAY_CHANGE = ("epochs", "out", "resume", "overwrite", "no_plot", "data_dir", "download", "device")  # on --resume
+NO_WEIGHT_NORM = "-/lb/fn/-/l/-"
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    cli.add_data_flags(parser)
+    add = cli.add_file_flags(parser).add_argument
+    add("--dataset", nargs="+", choices=DATASETS, default=["digits"], help="* digits needs no files; the others need --data-dir")
+    add("--subset", type=cli.positive_int, nargs="+", default=[None], metavar="N", help="* use N training images, class-balanced")
+    add("--probe-dataset", choices=LABELLED, help="what the probes judge on, all of it; by default what is distilled on")
+    add("--probe-subset", type=cli.positive_int, metavar="N", help="of --probe-dataset, use N training images")
     add = parser.add_argument_group("teacher and student").add_argument
-    add("--encoder", choices=ENCODERS, default="vgg11", help="vgg11 gets further, resnet18 gets there earlier")
-    add("--out-dim", type=cli.positive_int, default=2**16, help="outputs of the head; below 256 the effect is lost")
+    add("--encoder", nargs="+", choices=ENCODERS, default=["vgg11"], help="* vgg11 gets further, resnet18 gets there earlier")
+    add("--norm", nargs="+", choices=NORMS, default=[None], help="* norm layers; by default none in VGG, batch in ResNet")
+    add("--out-dim", type=cli.positive_int, nargs="+", default=[2**16], help="* outputs of the head; below 256 the effect goes")
     add("--bottleneck-dim", type=cli.positive_int, default=256, help="width of the head's l2-bottleneck")
     add("--head-hidden", type=cli.positive_int, default=2048, help="width of the head's two hidden layers")
+    add("--bottleneck", nargs="+", default=[PAPERS], metavar="SLOTS", help="* wn1/lin1/fn1/wn2/lin2/fn2, as in Fig. 12")
     add("--no-weight-norm", action="store_true", help="raw last layer, as in the authors' code; small runs may collapse")
-    add("--alpha", type=cli.unit_interval, default=1e-10, help="0: the student starts at the teacher; 1: independent, worse")
+    add("--alpha", type=cli.unit_interval, nargs="+", default=[1e-10], help="* 0: starts at the teacher; 1: independent, worse")
+    add("--teacher", metavar="PATH:NETWORK", help="not a random teacher but this, as run/checkpoint.pt:student (Fig. 18)")
+    add("--ema", type=cli.unit_interval, default=0.0, metavar="GAMMA", help="the teacher follows the student; slower: no cache")
     add = parser.add_argument_group("training").add_argument
-    add(
-        "--epochs",
-        type=cli.non_negative_int,
-        default=100,
-        help="passes over the images; under 1000 steps expect the dip; 0: probe only",
-    )
+    add("--epochs", type=cli.non_negative_int, default=100, help="under 1000 steps expect the dip; 0: probe only")
+    counted = "an epoch, of --probe-every and --save-every too, is N images whatever --subset is (Fig. 4: 50000)"
+    add("--epochs-of", type=cli.positive_int, metavar="N", help=counted)
     add("--batch-size", type=cli.positive_int, default=256, help="images a step, over all processes together")
-    add("--lr", type=cli.positive_float, default=0.001, help="of AdamW, constant")
+    add("--lr", type=cli.positive_float, nargs="+", default=[0.001], help="* of AdamW, constant")
     add("--weight-decay", type=cli.non_negative_float, default=0.0, help="of weights; the paper has none")
     add("--bias-decay", type=cli.non_negative_float, default=0.0, help="of biases and norms; the authors' code had 0.01")
     add("--loss", choices=LOSSES, default="ce", help="ce and kl have the same gradient; ce is cheaper")
-    add("--seed", type=cli.non_negative_int, nargs="+", default=[0], help="several: one run each, and a summary")
+    add("--beta", type=cli.non_negative_float, default=0.0, help="weight of the labels' cross-entropy; 0 sees no label")
+    add("--teacher-temperature", type=cli.positive_float, default=1.0, help="the teacher's outputs are divided by it")
+    add("--student-temperature", type=cli.positive_float, default=1.0, help="the student's outputs are divided by it")
+    add("--seed", type=cli.non_negative_int, nargs="+", default=[0], help="* several: mean and standard deviation")
     add("--fp32-steps", type=cli.non_negative_int, default=100, metavar="N", help="under bf16, N first steps in fp32 (README)")
     add("--compile", action="store_true", help="torch.compile the student; pays off on GPUs, after a minute")
     cli.add_probe_flags(parser)
     cli.add_device_flags(parser)
-    add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, help="run folder; by default runs/distill-DATASET-ENCODER")
-    add("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
-    add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
+    cli.add_output_flags(parser, None)
+    add = parser.add_argument_group("log").add_argument
     add("--probe-every", type=cli.positive_int, default=1, metavar="EPOCHS", help="also before training and after the last epoch")
     add("--log-every", type=cli.positive_int, default=30, metavar="STEPS", help="KL and entropies on every n-th step")
-    add("--no-plot", action="store_true", help="do not draw curves.png")
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs") / f"distill-{args.dataset}-{args.encoder}"
+    args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"
     args.probe = cli.chosen_probes(parser, args.probe)
     cli.check_output_flags(parser, args)
-    cli.check_distinct(parser, "--seed", args.seed)
+    sweeps.check(parser, args)
+    if args.no_weight_norm:
+        if args.bottleneck not in ([PAPERS], [NO_WEIGHT_NORM]):
+            parser.error("--no-weight-norm and --bottleneck exclude each other")
+        args.bottleneck = [NO_WEIGHT_NORM]
     return args
 
 
 def main(args):
     device = pick_device(args.device, args.deterministic)
+    several, planned = sweeps.varied(args), sweeps.expand(args)
+    for run in planned:  # refuse what cannot be built before anything is computed
+        parse_slots(run.bottleneck)
+        build_network(**model_of(run))
     with distributed.process_group(device):
-        data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
-        cli.check_k(args, data)
-        data = data.to(device)
-        several = len(args.seed) > 1
-        folders = [args.out / f"seed{seed}" if several else args.out for seed in args.seed]
-        for seed, folder in zip(args.seed, folders, strict=True):
-            distill(argparse.Namespace(**{**vars(args), "seed": seed, "out": folder}), data, device)
+        for run in distributed.units(planned):
+            distill(run, device)
         if several and distributed.is_main():
-            log_paths = [folder / "log.csv" for folder in folders]
-            if args.probe:
-                columns = [column for column in PROBED if column.split("_")[1] in args.probe]
-                runs.summarize(args.out / "summary.csv", log_paths, columns)
-            cli.draw(args, plots.plot_curves, args.out / "curves.png", log_paths, title(args))
+            columns = [column for column in PROBED if column.split("_")[1] in args.probe]
+            sweeps.summarize(args.out / "summary.csv", planned, several, columns)
+            names, grouped = sweeps.groups(planned, several)
+            if names:
+                cli.draw(args, plot_sweep.plot_sweep, args.out / "sweep.png", names, grouped)
+                cli.draw(args, plot_sweep.plot_dynamics, args.out / "dynamics.png", names, grouped)
+            else:
+                cli.draw(args, plots.plot_curves, args.out / "curves.png", grouped[()], title(planned[0]))
 
 
-def distill(args, data, device):
+def model_of(args):
+    """The arguments of ``build_network`` that the flags ask for."""
+    model = {"encoder": args.encoder, "out_dim": args.out_dim, "hidden_dim": args.head_hidden, "image_size": args.image_size}
+    return model | {"bottleneck_dim": args.bottleneck_dim, "bottleneck": args.bottleneck, "norm": args.norm}
+
+
+def load_teacher(args, model):
+    """The teacher: a random network, or that of --teacher, and the normalisation that goes with it (None: the data's)."""
+    if args.teacher is None:
+        return init_network_(materialize(build_network(**model)), random_stream(args.seed, "teacher-init")), None
+    contents, which = checkpoint.load_spec("--teacher", args.teacher)
+    built = contents["model"]
+    if odd := [f"{name} {built.get(name)}" for name in model if built.get(name) != model[name]]:
+        raise InputError(f"--teacher {args.teacher}: was built with {', '.join(odd)}; give the same flags")
+    return checkpoint.load_network(contents, which), contents["data"]
+
+
+def distill(args, device):
     """One run: the algorithm of App. A with its probes, one epoch after the other; epoch 0 is before training."""
     folder = args.out
-    resumed = None
-    if runs.open_folder(folder, args, device, MAY_CHANGE, PRODUCTS) and (folder / "checkpoint.pt").exists():
-        resumed = load_progress(folder / "checkpoint.pt", args)
-    began = time.perf_counter()
-    cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
+    data, probed = cli.load_sources(args)
+    cli.check_k(args, probed)
+    if args.epochs_of:
+        for name in ("epochs", "probe_every", "save_every"):
+            setattr(args, name, max(1, int(getattr(args, name) * args.epochs_of / len(data.train))))
 
     # Teacher: a random network. Student: theta_S(alpha), next to it.
-    model = {"encoder": args.encoder, "out_dim": args.out_dim, "hidden_dim": args.head_hidden}
-    model |= {"bottleneck_dim": args.bottleneck_dim, "weight_norm": not args.no_weight_norm}
-    teacher = init_network_(materialize(build_network(**model)), random_stream(args.seed, "teacher-init"))
+    model = model_of(args)
+    teacher, normalization = load_teacher(args, model)
+    data = data.with_normalization(normalization) if normalization else data
+    probed = probed.with_normalization({"mean": data.mean, "std": data.std})
+    reads = {args.teacher: checkpoint.sha256(args.teacher.rpartition(":")[0])} if args.teacher else None
+    resumed = None
+    if runs.open_folder(folder, args, device, MAY_CHANGE, PRODUCTS, reads) and (folder / "checkpoint.pt").exists():
+        resumed = runs.load_progress(folder / "checkpoint.pt", args.epochs)
+    if resumed is not None and resumed["epoch"] == args.epochs:  # nothing is left to do: one of a sweep's finished runs
+        report(args)
+        return
+    began = time.perf_counter()
+    cli.say(f"{data.name}: {len(data.train)} training images; {probed.name}: {len(probed.test)} test images")
     student = init_network_(materialize(build_network(**model)), random_stream(args.seed, "student-init"))
     init_student_(student, teacher, args.alpha)
     student_init = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -129,18 +171,24 @@ def distill(args, data, device):
     done, best, seconds, baselines, so_far = -1, -math.inf, 0.0, None, None
     if resumed is not None:
         done = resumed["epoch"]
-        best, seconds, baselines, so_far = restore(resumed, student, optimizer, batch_order, folder)
+        best, seconds, baselines, so_far = runs.restore(resumed, student, optimizer, batch_order, folder)
+        teacher.load_state_dict(resumed["teacher"])  # with --ema it has moved
         cli.say(f"resumed after epoch {done}" + (f", step {resumed['step']}" if so_far["losses"] else ""))
 
     # What the frozen teacher says about each image, once; then the teacher itself is not needed any more.
+    data, probed = data.to(device), probed.to(device)
     teacher_state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     teacher.to(device)
     if baselines is None:
-        baselines = baseline_probes(teacher.encoder, data, args)
-    distiller = Distiller(
-        student, FrozenTeacher(teacher, data.train.images, data.mean, data.std), args.precision, args.loss, args.compile
-    )
-    del teacher
+        options = cli.probe_options(args)
+        baselines = probe_baselines(teacher.encoder, probed, args.precision, **options) if args.probe else {}
+    if args.ema:
+        followed = MovingTeacher(teacher, args.ema, args.teacher_temperature)
+        teacher_state = teacher.state_dict()  # shares its memory: what is saved is the teacher as it then is
+    else:
+        followed = FrozenTeacher(teacher, data.train.images, data.mean, data.std, args.teacher_temperature)
+        del teacher
+    distiller = Distiller(student, followed, args.precision, args.loss, args.compile, args.student_temperature, args.beta)
     trained = distributed.data_parallel(distiller)
 
     log = logs.CsvLog(folder / "log.csv", COLUMNS)
@@ -177,17 +225,19 @@ def distill(args, data, device):
             row |= evaluate_start(distiller, data)
         else:
             training_began = time.perf_counter()
-            so_far = so_far or nothing_yet()
+            so_far = so_far or runs.nothing_yet()
             stream = batch_order.get_state()
             order = torch.randperm(len(data.train), generator=batch_order)
             with stopping.saving(functools.partial(save, epoch - 1, stream, so_far)):
-                row |= train_epoch(trained, optimizer, data, order, epoch, args, so_far)
+                row |= train_epoch(trained, optimizer, data, order, epoch, args, so_far, followed)
             row["images_per_second"] = len(data.train) / (time.perf_counter() - training_began)
             so_far = None
         row |= {"step": epoch * steps} | distance(student, student_init)
         if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
             options = cli.probe_options(args) | {"name": f"student-{epoch}"}
-            row |= prefixed("student", probe_encoder(student.encoder, data, args.precision, **options))
+            row |= prefixed("student", probe_encoder(student.encoder, probed, args.precision, **options))
+            if args.ema:
+                row |= prefixed("teacher", probe_encoder(teacher.encoder, probed, args.precision, **options))
         if not distributed.is_main():
             continue
         row["seconds"] = seconds + time.perf_counter() - began
@@ -197,53 +247,29 @@ def distill(args, data, device):
         if epoch > 0 and judged is not None and judged > best:
             best = judged
             checkpoint.save_checkpoint(folder / "best.pt", contents(epoch, epoch * steps))
-        save(epoch, batch_order.get_state(), nothing_yet())
+        if epoch % args.save_every == 0 or epoch == args.epochs:
+            save(epoch, batch_order.get_state(), runs.nothing_yet())
+    report(args)
 
+
+def report(args):
+    """Draw and say what the finished run in --out has found."""
     if distributed.is_main():
-        cli.draw(args, plots.plot_curves, folder / "curves.png", [log.path], title(args))
+        path = args.out / "log.csv"
+        rows = logs.read_csv(path, COLUMNS)
+        cli.draw(args, plots.plot_curves, args.out / "curves.png", [path], title(args))
         if args.probe:
-            runs.say_result(logs.read_csv(log.path, COLUMNS), args.probe)
+            runs.say_result(rows, args.probe)
 
 
-def load_progress(path, args):
-    """The checkpoint from which --resume goes on."""
-    resumed = checkpoint.load_checkpoint(path, mmap=False)
-    if "progress" not in resumed:
-        raise InputError(f"{path} cannot be resumed: it holds networks, but no optimizer state")
-    if resumed["epoch"] > args.epochs:
-        raise InputError(f"--epochs {args.epochs}: {path} has already run {resumed['epoch']} epochs")
-    return resumed
+def title(args):
+    return f"{args.encoder} on {args.dataset}, alpha = {args.alpha:g}"
 
 
-def restore(resumed, student, optimizer, batch_order, folder):
-    """Put back where training stood. Returns the best probe so far, the seconds spent, the baselines' probes and what
-    training had gathered of the next epoch, if it was stopped there."""
-    try:
-        saved = resumed["progress"]
-        student.load_state_dict(resumed["student"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if any(t.ndim and t.shape != p.shape for p, state in optimizer.state.items() for t in state.values()):
-            raise ValueError("its optimizer's state is of another network")
-        batch_order.set_state(saved["generators"]["batch-order"])
-        device = next(student.parameters()).device
-        so_far = {name: [torch.as_tensor(value).to(device) for value in saved["so_far"][name]] for name in nothing_yet()}
-        for name, shape in (("losses", ()), ("watched", (3,))):
-            if any(value.shape != shape or not value.is_floating_point() for value in so_far[name]):
-                raise ValueError(f"its {name} are not numbers")
-        return float(saved["best"]), float(saved["seconds"]), dict(saved["baselines"]), so_far
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'checkpoint.pt'} cannot be resumed: {' '.join(str(error).split())[:200]}") from error
-
-
-def nothing_yet():
-    """What ``train_epoch`` gathers, at the start of an epoch: each step's loss; KL and entropies of the steps watched."""
-    return {"losses": [], "watched": []}
-
-
-def train_epoch(trained, optimizer, data, order, epoch, args, so_far):
+def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
     """One pass over the images in the given order. Returns the epoch's means for the log.
 
-    ``so_far``: ``nothing_yet()``, or what an earlier process gathered of this epoch, whose steps are then left out.
+    ``so_far``: ``runs.nothing_yet()``, or what an earlier process gathered of this epoch, whose steps are then left out.
     """
     trained.train()
     device = data.train.images.device
@@ -258,13 +284,16 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far):
         mine = mine.to(device)
         images = normalize(data.train.images[mine], data.mean, data.std)
         diagnostics = i in to_watch
-        result = trained(images, mine, diagnostics, "fp32" if step < args.fp32_steps else args.precision)
+        precision = "fp32" if step < args.fp32_steps else args.precision
+        result = trained(images, mine, diagnostics, precision, data.train.labels[mine])
         loss = factor * result.loss
         if device.type == "cpu" and not torch.isfinite(loss):
             stop_diverged(epoch, step + 1, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # of the student alone
+        if args.ema:
+            teacher.follow(getattr(trained, "module", trained).student)
         losses.append(loss.detach())  # read once, at the end of the epoch: on a GPU, reading waits
         if diagnostics:
             watched.append(factor * torch.stack(result[1:]))
@@ -282,23 +311,6 @@ def stop_diverged(epoch, step, args):
         f"the loss is not finite in epoch {epoch}, step {step}; the last checkpoint stands. "
         f"Try a smaller --lr than {args.lr}{', or --precision fp32' if args.precision == 'bf16' else ''}"
     )
-
-
-def baseline_probes(encoder, data, args):
-    """What the student is to beat: probes of the teacher's features and of the pixels; they never change."""
-    if not args.probe:
-        return {}
-    options = cli.probe_options(args)
-    teacher = probe_encoder(encoder, data, args.precision, name="teacher", **options)
-    return prefixed("teacher", teacher) | prefixed("input", probe_input(data, name="input", **options))
-
-
-def prefixed(prefix, values):
-    return {f"{prefix}_{name}": value for name, value in values.items()}
-
-
-def title(args):
-    return f"{args.encoder} on {args.dataset}, alpha = {args.alpha:g}"
 
 
 if __name__ == "__main__":

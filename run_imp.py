@@ -17,7 +17,6 @@ from functools import partial
 
 from rtd import checkpoint, cli, distributed, logs, plots, pruning, runs, stopping
 from rtd.classifier import build_classifier, empty_classifier, load_starts
-from rtd.data import load_dataset
 from rtd.device import describe, pick_device
 from rtd.errors import InputError
 from rtd.init import random_stream
@@ -63,12 +62,13 @@ def parse_args(argv=None):
 def main(args):
     device = pick_device(args.device, args.deterministic)
     with distributed.process_group(device):
-        data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
+        data = cli.load_data(args)
         starts = load_starts(args.init, args.encoder, data, args.seed)
-        check_rounds(args, starts[0].encoder, data.num_classes)
+        check_rounds(args, starts[0].architecture, data.num_classes)
         runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, {s.spec: s.sha256 for s in starts if s.sha256})
         cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
-        cli.say(f"{starts[0].encoder}; {describe(device)}, {args.precision}")
+        encoder = starts[0].architecture["encoder"]
+        cli.say(f"{encoder}; {describe(device)}, {args.precision}")
         data = data.to(device)
 
         chains = [
@@ -85,14 +85,12 @@ def main(args):
         if distributed.is_main():
             logs.concatenate(args.out / "imp.csv", COLUMNS, table)
             kinds = {start.spec: start.kind for start in starts}
-            cli.draw(
-                args, plots.plot_imp, args.out / "imp.png", args.out / "imp.csv", kinds, f"{starts[0].encoder} on {data.name}"
-            )
+            cli.draw(args, plots.plot_imp, args.out / "imp.png", args.out / "imp.csv", kinds, f"{encoder} on {data.name}")
 
 
-def check_rounds(args, encoder, num_classes):
+def check_rounds(args, architecture, num_classes):
     """Refuse, before anything is computed, to prune more than there is."""
-    weights = pruning.prunable(empty_classifier(encoder, num_classes), args.prune)
+    weights = pruning.prunable(empty_classifier(architecture, num_classes), args.prune)
     total = sum(weight.numel() for weight in weights.values())
     if pruning.kept_after(total, args.prune_fraction, args.rounds) < 1:
         raise InputError(f"--rounds {args.rounds}: nothing would be left of {total} weights; choose fewer")

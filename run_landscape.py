@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from rtd import checkpoint, cli, distributed, logs, plot_landscape, plots, runs
-from rtd.data import load_dataset
 from rtd.device import describe, pick_device
 from rtd.errors import InputError
 from rtd.interpolation import CENTERS, PLANES, Plane
@@ -94,8 +93,9 @@ def main(args):
     device = pick_device(args.device, args.deterministic)
     with distributed.process_group(device):
         contents, states, names = load_networks(args)
-        data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
+        data = cli.load_data(args)
         cli.check_k(args, data)
+        checkpoint.check_image_size(f"--origin {args.origin}", contents["model"], data)
         if data.name != contents["data"].get("name"):
             raise InputError(
                 f"--dataset {data.name}: --origin {args.origin} was distilled on {contents['data'].get('name')}; give that"

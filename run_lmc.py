@@ -20,7 +20,7 @@ import torch
 
 from rtd import checkpoint, cli, distributed, logs, plots, runs, stopping
 from rtd.classifier import build_classifier, load_starts
-from rtd.data import load_dataset, take
+from rtd.data import take
 from rtd.device import autocast, describe, pick_device
 from rtd.errors import InputError
 from rtd.init import random_stream
@@ -73,13 +73,14 @@ def parse_args(argv=None):
 def main(args):
     device = pick_device(args.device, args.deterministic)
     with distributed.process_group(device):
-        data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
+        data = cli.load_data(args)
         if args.line_subset is not None and args.line_subset > len(data.train):
             raise InputError(f"--line-subset {args.line_subset}: there are {len(data.train)} training images")
         starts = load_starts(args.init, args.encoder, data, args.seed)
         runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, {s.spec: s.sha256 for s in starts if s.sha256})
         cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
-        cli.say(f"{starts[0].encoder}; {describe(device)}, {args.precision}")
+        encoder = starts[0].architecture["encoder"]
+        cli.say(f"{encoder}; {describe(device)}, {args.precision}")
         data = data.to(device)
 
         # Train --runs times from each start.

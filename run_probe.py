@@ -13,7 +13,6 @@ Prints a table, mean +- standard deviation over the checkpoints, and writes a ro
 from pathlib import Path
 
 from rtd import checkpoint, cli, logs
-from rtd.data import load_dataset
 from rtd.device import pick_device
 from rtd.errors import InputError
 from rtd.probes import probe_encoder, probe_input
@@ -45,8 +44,10 @@ def main(args):
     if args.out.exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists already: --overwrite replaces it, or give another file")
     loaded = [checkpoint.load_checkpoint(path) for path in args.checkpoints]  # all, before anything is computed
-    data = load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset)
+    data = cli.load_data(args)
     cli.check_k(args, data)
+    for path, contents in zip(args.checkpoints, loaded, strict=True):
+        checkpoint.check_image_size(path, contents["model"], data)
     data = data.to(device)
 
     log = logs.CsvLog(args.out, COLUMNS)

@@ -3,7 +3,7 @@
 On command lines a network in one is PATH:teacher, PATH:student or PATH:student-init (``load_spec``). A distillation
 checkpoint holds:
 
-    format          "rtd-checkpoint-1"
+    format          "rtd-checkpoint-2"
     model           arguments of ``rtd.models.build_network``
     teacher, student, student_init      state dicts of the ``Network``
     data            {"name", "mean", "std"}: what it was distilled on, and the normalisation that belongs to the weights
@@ -20,7 +20,7 @@ from rtd.errors import InputError
 from rtd.files import atomic_write
 from rtd.models import ENCODERS, build_network, materialize
 
-FORMAT = "rtd-checkpoint-1"
+FORMAT = "rtd-checkpoint-2"
 NETWORKS = ("teacher", "student", "student-init")
 KEYS = {"format", "model", "teacher", "student", "student_init", "data", "epoch", "step", "config"}
 
@@ -88,6 +88,13 @@ def check_state(path, which, state, expected):
                 raise InputError(f"{path}: the weights of '{which}' are not finite ({name})")
     if wrong:
         raise InputError(f"{path}: the weights of '{which}' do not fit its architecture ({wrong})")
+
+
+def check_image_size(what, model, data):
+    """Refuse the network ``what``, built with the arguments ``model``, for images of another size than those of ``data``."""
+    size, wanted = data.train.images.shape[-1], model.get("image_size", 32)
+    if size != wanted:
+        raise InputError(f"{what}: it takes images of {wanted}x{wanted}; give --image-size {wanted}, not {size}")
 
 
 def _one_line(error):

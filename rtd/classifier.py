@@ -21,11 +21,11 @@ from rtd.models import build_encoder, embedding_dim, materialize
 class Start:
     """Where training starts from: an encoder's weights and buffers, and the normalisation of images that goes with them.
 
-    sha256: of the checkpoint; None for a random encoder.
+    architecture: arguments of ``rtd.models.build_encoder``. sha256: of the checkpoint; None for a random encoder.
     """
 
     spec: str
-    encoder: str
+    architecture: dict
     state: dict
     mean: tuple
     std: tuple
@@ -45,20 +45,26 @@ def load_starts(specs, encoder, data, seed):
     """
     is_random = [spec.partition(":")[0] == "random" for spec in specs]
     loaded = [None if r else checkpoint.load_spec("--init", spec) for r, spec in zip(is_random, specs, strict=True)]
-    encoder = encoder or next((found[0]["model"]["encoder"] for found in loaded if found), "resnet18")
+    architecture = {"encoder": encoder or "resnet18", "norm": None, "image_size": data.train.images.shape[-1]}
+    if found := next((found for found in loaded if found), None):
+        architecture |= {name: found[0]["model"][name] for name in architecture if name in found[0]["model"]}
     starts = []
     for spec, found in zip(specs, loaded, strict=True):
         if found is None:
-            network = init_encoder_(materialize(build_encoder(encoder)), random_stream(seed, "encoder-init", _draw(spec)))
-            starts.append(Start(spec, encoder, network.state_dict(), data.mean, data.std))
+            network = init_encoder_(materialize(build_encoder(**architecture)), random_stream(seed, "encoder-init", _draw(spec)))
+            starts.append(Start(spec, architecture, network.state_dict(), data.mean, data.std))
             continue
         contents, which = found
-        path, of = spec.rpartition(":")[0], contents["model"]["encoder"]
-        if of != encoder:
-            raise InputError(f"--init {spec}: its encoder is {of}, not {encoder}; --encoder and all of --init must agree")
+        path, model = spec.rpartition(":")[0], contents["model"]
+        checkpoint.check_image_size(f"--init {spec}", model, data)
+        for flag, wanted in (("encoder", encoder or architecture["encoder"]), ("norm", architecture["norm"])):
+            if model.get(flag) != wanted:
+                raise InputError(
+                    f"--init {spec}: its {flag} is {model.get(flag)}, not {wanted}; --encoder and all of --init must agree"
+                )
         state = checkpoint.load_network(contents, which).encoder.state_dict()
         mean, std = tuple(contents["data"]["mean"]), tuple(contents["data"]["std"])
-        starts.append(Start(spec, encoder, state, mean, std, checkpoint.sha256(path)))
+        starts.append(Start(spec, architecture, state, mean, std, checkpoint.sha256(path)))
     return starts
 
 
@@ -83,16 +89,16 @@ class Classifier(nn.Module):
         return self.fc(self.encoder(images)).float()
 
 
-def empty_classifier(encoder, num_classes):
-    """``Classifier`` with the encoder called ``encoder``, on the meta device."""
-    encoder = build_encoder(encoder)
+def empty_classifier(architecture, num_classes):
+    """``Classifier`` with the encoder that ``build_encoder(**architecture)`` makes, on the meta device."""
+    encoder = build_encoder(**architecture)
     with torch.device("meta"):
-        return Classifier(encoder, nn.Linear(embedding_dim(encoder), num_classes))
+        return Classifier(encoder, nn.Linear(embedding_dim(encoder, architecture["image_size"]), num_classes))
 
 
 def build_classifier(start, num_classes, generator):
     """``Classifier`` of the encoder of ``start``, buffers included, and a new fc: U(-1/sqrt(d), 1/sqrt(d)), d its inputs."""
-    classifier = materialize(empty_classifier(start.encoder, num_classes))
+    classifier = materialize(empty_classifier(start.architecture, num_classes))
     classifier.encoder.load_state_dict(start.state)
     bound = 1 / math.sqrt(classifier.fc.in_features)
     for parameter in classifier.fc.parameters():

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from rtd import distributed, plots, stopping
-from rtd.data import DATASETS
+from rtd.datasets import LABELLED, PROBED_ON, load_dataset
 from rtd.device import DEVICES, PRECISIONS
 from rtd.errors import Diverged, InputError
 from rtd.models import ENCODERS
@@ -21,15 +21,20 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
-        # argparse takes -1 for a number but -1e-3 for a flag, and -0.001 is what a crop around a teacher begins with
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+        # argparse takes -1 for a number but -1e-3 for a flag, and -0.001 is what a crop around a teacher begins with;
+        # nor is -/lb/fn/wn/l/-, a bottleneck, a flag
+        self._negative_number_matcher = re.compile(r"^-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|/)", re.IGNORECASE)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        default = action.default[0] if isinstance(action.default, list) and len(action.default) == 1 else action.default
+        if default is None or default is False:  # "no" needs no mention
+            return action.help
+        return super()._get_help_string(action).replace("%(default)s", str(default))
 
 
 def _number(kind, description, accept):
@@ -50,16 +55,46 @@ non_negative_int = _number(int, "a whole number of at least 0", lambda x: x >= 0
 positive_float = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = _number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
 unit_interval = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+image_side = _number(int, "a whole number of at least 32", lambda x: x >= 32)
 
 
-def add_data_flags(parser, dataset="digits"):
-    """--dataset, --data-dir, --download, --subset, --test-subset."""
+def add_data_flags(parser):
+    """--dataset, --subset and those of ``add_file_flags``."""
+    group = add_file_flags(parser)
+    group.add_argument("--dataset", choices=LABELLED, default="digits", help="digits needs no files; the others need --data-dir")
+    group.add_argument("--subset", type=positive_int, metavar="N", help="use N training images, class-balanced; all by default")
+
+
+def add_file_flags(parser):
+    """--data-dir, --download, --test-subset, --image-size; returns the group."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default=dataset, help="digits needs no files; the others need --data-dir")
     group.add_argument("--data-dir", metavar="DIR", help="folder in torchvision's layout, or of train/ and test/ trees")
     group.add_argument("--download", action="store_true", help="fetch a published set into --data-dir if it is not there")
-    group.add_argument("--subset", type=positive_int, metavar="N", help="use N training images, class-balanced; all by default")
     group.add_argument("--test-subset", type=positive_int, metavar="N", help="use N test images, class-balanced; all by default")
+    group.add_argument(
+        "--image-size", type=image_side, default=32, metavar="PIXELS", help="side that images are resized to, once"
+    )
+    return group
+
+
+def load_data(args):
+    """The data set that the flags of ``add_data_flags`` ask for."""
+    return load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset, args.image_size)
+
+
+def load_sources(args):
+    """(what run_distill.py's student is distilled on, what the probes judge on): often the same."""
+    files = args.data_dir, args.download
+    other = args.probe_dataset or PROBED_ON.get(args.dataset)
+    if args.probe_subset and not other:
+        raise InputError(f"--probe-subset {args.probe_subset}: goes with --probe-dataset; without, --subset decides for both")
+    probed = other and load_dataset(other, *files, args.probe_subset, args.test_subset, args.image_size)
+    data = load_dataset(args.dataset, *files, args.subset, None if probed else args.test_subset, args.image_size, probed)
+    if args.beta and (data.train.labels.min() < 0 or args.out_dim < data.num_classes):
+        raise InputError(
+            f"--beta {args.beta}: needs labels, which {data.name} may lack, and an --out-dim of at least their number"
+        )
+    return data, probed or data
 
 
 def add_device_flags(parser):
@@ -95,10 +130,10 @@ def add_training_flags(parser):
     group.add_argument("--seed", type=non_negative_int, default=0, help="of random encoders, fc, batch order and augmentation")
 
 
-def add_output_flags(parser, folder):
+def add_output_flags(parser, folder=None):
     """--out, --resume, --overwrite, --save-every, --no-plot; ``folder`` is the default of --out."""
     group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, default=Path(folder), help="run folder")
+    group.add_argument("--out", type=Path, default=folder and Path(folder), help="run folder")
     group.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     group.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out")
     group.add_argument(

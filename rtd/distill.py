@@ -11,6 +11,7 @@ VGG11 may not recover.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rtd import distributed
@@ -20,62 +21,97 @@ from rtd.last_layer import LastLayerLoss, last_layer_loss, output_log_mean_exp
 
 
 class FrozenTeacher:
-    """What the teacher says about each of N images.
+    """What the teacher says about each of N images, of which only the bottleneck vector and the normaliser are kept.
 
-    bottleneck: (N, K) unit vectors. log_mean_exp: (N,). weight: (m, K) last layer, normalised.
+    answers: (N, K + 1), K of one and one of the other; for 5 million images and K = 256 that is 5 GB. weight: (m, K) last
+    layer, normalised.
     """
 
     @torch.no_grad()
-    def __init__(self, teacher, images, mean, std, batch_size=256):
-        """``teacher``: a Network, used in eval mode, in float32. images: (N, 3, H, W) uint8; mean, std: normalisation."""
+    def __init__(self, teacher, images, mean, std, temperature=1.0, batch_size=256):
+        """``teacher``: a Network, used in eval mode, in float32. images: (N, 3, H, W); mean, std: normalisation."""
         teacher.eval()
         self.weight = teacher.head.l2_bottleneck.normalized_weight().contiguous()
 
         def answer(part):
-            rows = []
-            for x in part.split(batch_size):
-                z = teacher.bottleneck(normalize(x, mean, std))
-                rows.append(torch.cat([z, output_log_mean_exp(z, self.weight).unsqueeze(1)], dim=1))
-            return torch.cat(rows)
+            answers = None
+            for i, x in enumerate(part.split(batch_size)):
+                z = teacher.bottleneck(normalize(x, mean, std)) / temperature
+                if answers is None:
+                    answers = z.new_empty(len(part), z.shape[1] + 1)
+                rows = answers[i * batch_size : (i + 1) * batch_size]
+                rows[:, :-1], rows[:, -1] = z, output_log_mean_exp(z, self.weight)
+            return answers
 
-        answers = distributed.map_rows(answer, images)
-        self.bottleneck, self.log_mean_exp = answers[:, :-1].contiguous(), answers[:, -1].contiguous()
+        self.answers = distributed.map_rows(answer, images)
+
+    def answer(self, images, index):
+        """(z_t, weight_t, lme_t) for the images ``index``, as ``last_layer_loss`` takes them."""
+        answers = self.answers[index]
+        return answers[:, :-1], self.weight, answers[:, -1]
+
+
+class MovingTeacher:
+    """A teacher that follows its student: theta_T <- (1 - gamma) theta_T + gamma theta_S after each step (section 3)."""
+
+    def __init__(self, teacher, gamma, temperature=1.0):
+        self.network, self.gamma, self.temperature = teacher.eval(), gamma, temperature
+
+    @torch.no_grad()
+    def answer(self, images, index):
+        """As ``FrozenTeacher.answer``, but computed now."""
+        return self.network.bottleneck(images) / self.temperature, self.network.head.l2_bottleneck.normalized_weight(), None
+
+    @torch.no_grad()
+    def follow(self, student):
+        """One step towards ``student``; batch norm's running statistics go along."""
+        for theta_t, theta_s in zip(self.network.state_dict().values(), student.state_dict().values(), strict=True):
+            if theta_t.is_floating_point():  # all but the count of batches
+                theta_t.lerp_(theta_s, self.gamma)
 
 
 class Distiller(nn.Module):
-    """The student and its loss against a frozen teacher, as one module, so that data-parallel training can wrap it."""
+    """The student and its loss against a teacher, as one module, so that data-parallel training can wrap it."""
 
-    def __init__(self, student, teacher, precision="fp32", kind="ce", compiled=False):
-        """student: a Network. teacher: a ``FrozenTeacher``. precision: "fp32", or "bf16" for the student's forward pass and
-        the last layer's products. kind: the loss, see ``rtd.last_layer``. compiled: run the student through
-        torch.compile; the module that is trained and saved stays the plain one."""
+    def __init__(self, student, teacher, precision="fp32", kind="ce", compiled=False, temperature=1.0, beta=0.0):
+        """student: a Network. teacher: a ``FrozenTeacher`` or ``MovingTeacher``. precision: "fp32", or "bf16" for the student's
+        forward pass and the last layer's products. kind: the loss, see ``rtd.last_layer``. compiled: run the student through
+        torch.compile; the module that is trained and saved stays the plain one. temperature: of the student's outputs.
+        beta: weight of the labels' cross-entropy, as section 3 writes it: a label c is output c of the network's m."""
         super().__init__()
         self.student = student
         self.precision, self.kind = precision, kind
+        self.temperature, self.beta = temperature, beta
         self._teacher = teacher
         self._bottleneck = torch.compile(student.bottleneck) if compiled else student.bottleneck
         self._workspace = None
 
-    def forward(self, images, index, diagnostics=False, precision=None):
-        """images: (B, 3, H, W) normalised; index: (B,) which of the teacher's images they are -> ``LastLayerLoss``."""
+    def forward(self, images, index, diagnostics=False, precision=None, labels=None):
+        """images: (B, 3, H, W) normalised; index: (B,) which of the teacher's images they are -> ``LastLayerLoss``.
+
+        labels: (B,), needed where beta is not 0.
+        """
         precision = precision or self.precision
         with autocast(images.device, precision):
-            z = self._bottleneck(images)  # (B, K)
-        weight = self.student.head.l2_bottleneck.last_layer.weight
+            z = self._bottleneck(images) / self.temperature  # (B, K)
+        last = self.student.head.l2_bottleneck
+        weight = last.last_layer.weight
         if self._workspace is None or self._workspace.numel() < len(weight) * len(z):
             self._workspace = z.new_empty(len(weight) * len(z))
-        return last_layer_loss(
+        result = last_layer_loss(
             z,
             weight,
-            self._teacher.bottleneck[index],
-            self._teacher.weight,
-            self._teacher.log_mean_exp[index],
+            *self._teacher.answer(images, index),
             kind=self.kind,
-            weight_norm=self.student.head.l2_bottleneck.weight_norm,
+            weight_norm=last.weight_norm,
             dtype=torch.bfloat16 if precision == "bf16" else None,
             diagnostics=diagnostics,
             workspace=self._workspace,
         )
+        if self.beta:
+            labelled = F.cross_entropy(F.linear(z, last.normalized_weight()), labels)
+            result = result._replace(loss=result.loss + self.beta * labelled)
+        return result
 
 
 @torch.no_grad()
@@ -97,7 +133,8 @@ def evaluate_start(distiller, data, batch_size=256):
     buffers = {name: buffer.clone() for name, buffer in distiller.student.named_buffers()}
     distiller.train()
     index = torch.arange(len(data.train), device=data.train.images.device).split(batch_size)
-    results = [distiller(normalize(data.train.images[i], data.mean, data.std), i, True, "fp32") for i in index]
+    train = data.train
+    results = [distiller(normalize(train.images[i], data.mean, data.std), i, True, "fp32", train.labels[i]) for i in index]
     for name, buffer in distiller.student.named_buffers():  # batch norm has moved its running statistics
         buffer.copy_(buffers[name])
     means = weighted_mean(torch.stack([torch.stack(result) for result in results]), [len(i) for i in index])

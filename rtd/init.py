@@ -6,9 +6,11 @@ one (the probe's, say) does not move another (the batch order). Nothing here tou
 
 import hashlib
 import math
+from functools import partial
 
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
 
 def random_stream(seed, *names):
@@ -22,14 +24,23 @@ def init_encoder_(encoder, generator):
     """Kaiming initialisation of all convolutions and linear layers, in place: N(0, 2 / fan_out), biases 0.
 
     Norm layers start as the identity: gain 1, bias 0, running mean 0 and variance 1. Fan-out mode and the gain sqrt(2)
-    are torchvision's for ResNet; the last norm gain of a residual branch is not zeroed.
+    are torchvision's for ResNet; the last norm gain of a residual branch is not zeroed. In a ViT, query, key and value are
+    a linear layer each; the class token starts at 0 and the position embedding as N(0, 0.02^2), torchvision's.
     """
+    kaiming_ = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu", generator=generator)
     for module in encoder.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            kaiming_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.MultiheadAttention):  # its output projection is an nn.Linear
+            for weight in module.in_proj_weight.chunk(3):
+                kaiming_(weight)
+            nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, VisionTransformer):
+            nn.init.zeros_(module.class_token)
+            nn.init.normal_(module.encoder.pos_embedding, std=0.02, generator=generator)
+        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             module.reset_parameters()  # draws nothing
     return encoder
 

@@ -8,6 +8,11 @@ An encoder maps normalised images to an embedding, the representation that the p
   max pool, no classification layer (ResNet18: 11,168,832 parameters; 512 dimensions, ResNet50 2,048).
 * ResNet20, 56 are the narrow three-stage networks that He et al. (2016) made for CIFAR-10, of torchvision's blocks, with
   projection shortcuts (ResNet20: 271,824 parameters; 64 dimensions). They are the ones for quick looks.
+* ViT-Tiny, Small, Medium, Base are torchvision's VisionTransformer with 8x8 patches, 12 blocks and no classification layer
+  (ViT-Tiny: 5,379,264 parameters; 192 dimensions). Table 5's counts (594,048) are those of 16x16 patches and one block
+  whose weights all 12 share; the text says patches of 8.
+
+Norm layers (Fig. 11) stand between convolution and ReLU. VGG has none and ResNet batch norm unless another is asked for.
 
 Modules are built without drawing a single random number: ``rtd.init`` fills them from a generator of the caller's.
 """
@@ -17,55 +22,84 @@ from functools import partial
 
 import torch
 from torch import nn
-from torchvision.models import resnet, vgg
+from torchvision.models import VisionTransformer, resnet, vgg
 
 from rtd.errors import InputError
-from rtd.head import ProjectionHead
+from rtd.head import PAPERS, ProjectionHead
+
+NORMS = {  # of C channels; all with a gain and a bias for each channel
+    "batch": nn.BatchNorm2d,
+    "instance": lambda channels: nn.GroupNorm(channels, channels),
+    "group8": lambda channels: nn.GroupNorm(channels // 8, channels),  # 8 channels a group
+    "layer": lambda channels: nn.GroupNorm(1, channels),
+    "none": nn.Identity,
+}
 
 
-def _vgg(name):
-    return nn.Sequential(OrderedDict(features=getattr(vgg, name)(init_weights=False).features, flatten=nn.Flatten()))
+def _vgg(name, norm="none"):
+    if norm == "none":
+        layers = getattr(vgg, name)(init_weights=False).features
+    else:
+        layers = getattr(vgg, f"{name}_bn")(init_weights=False).features
+        layers = nn.Sequential(*(NORMS[norm](m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in layers))
+    return nn.Sequential(OrderedDict(features=layers, flatten=nn.Flatten()))
 
 
-def _resnet(name):
-    model = getattr(resnet, name)()
+def _resnet(name, norm="batch"):
+    model = getattr(resnet, name)(norm_layer=NORMS[norm])
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
     model.fc = nn.Identity()
     return model
 
 
-def _narrow_resnet(blocks):
+def _narrow_resnet(blocks, norm="batch"):
     """He et al. (2016), section 4.2: 3 stages of ``blocks`` blocks with 16, 32 and 64 channels; 6 blocks + 2 layers."""
-    layers = [nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    norm = NORMS[norm]
+    layers = [nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False), norm(16), nn.ReLU(inplace=True)]
     width = 16
     for planes in (16, 32, 64):
         for _ in range(blocks):
             shortcut = None
             if width != planes:
-                shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, stride=2, bias=False), nn.BatchNorm2d(planes))
-            layers.append(resnet.BasicBlock(width, planes, 1 if shortcut is None else 2, shortcut))
+                shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, stride=2, bias=False), norm(planes))
+            layers.append(resnet.BasicBlock(width, planes, 1 if shortcut is None else 2, shortcut, norm_layer=norm))
             width = planes
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-ENCODERS = {
+def _vit(width, heads, image_size):
+    model = VisionTransformer(image_size, patch_size=8, num_layers=12, num_heads=heads, hidden_dim=width, mlp_dim=4 * width)
+    model.heads = nn.Identity()
+    return model
+
+
+VITS = {"vit-tiny": (192, 3), "vit-small": (384, 6), "vit-medium": (512, 8), "vit-base": (768, 12)}  # width, heads
+CONVOLUTIONAL = {
     **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
     "resnet20": partial(_narrow_resnet, 3),
     "resnet56": partial(_narrow_resnet, 9),
 }
+ENCODERS = (*CONVOLUTIONAL, *VITS)
 
 
-def build_encoder(name):
-    """The encoder called ``name``, on the meta device (no memory, no values): see ``materialize``.
+def build_encoder(encoder, norm=None, image_size=32):
+    """The encoder called ``encoder``, on the meta device (no memory, no values): see ``materialize``.
 
-    Raises InputError for a name that is not in ``ENCODERS``.
+    norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in pixels. Raises InputError for
+    names that are not in ``ENCODERS``, norms that do not go with them and sizes that are not made of 8x8 patches for a ViT.
     """
-    if name not in ENCODERS:
-        raise InputError(f"unknown encoder '{name}': choose one of {', '.join(ENCODERS)}")
+    if encoder not in ENCODERS:
+        raise InputError(f"unknown encoder '{encoder}': choose one of {', '.join(ENCODERS)}")
     with torch.device("meta"):
-        return ENCODERS[name]()
+        if encoder in CONVOLUTIONAL:
+            return CONVOLUTIONAL[encoder](**({"norm": norm} if norm else {}))
+        if norm:
+            raise InputError(f"--norm {norm}: {encoder} has layer norms of its own; leave --norm out")
+        if image_size % 8:
+            raise InputError(f"--image-size {image_size}: {encoder} cuts images into 8x8 patches; choose a multiple of 8")
+        return _vit(*VITS[encoder], image_size)
 
 
 def embedding_dim(encoder, image_size=32):
@@ -91,11 +125,14 @@ class Network(nn.Module):
         return self.head(self.encoder(images))
 
 
-def build_network(encoder, out_dim=2**16, hidden_dim=2048, bottleneck_dim=256, weight_norm=True, image_size=32):
-    """A ``Network`` with encoder ``encoder`` (a name) and the paper's head, on the meta device."""
-    encoder = build_encoder(encoder)
+def build_network(encoder, out_dim=2**16, hidden_dim=2048, bottleneck_dim=256, bottleneck=PAPERS, norm=None, image_size=32):
+    """A ``Network`` with the encoder ``build_encoder`` makes and the paper's head, on the meta device.
+
+    bottleneck: its slots, see ``rtd.head.L2Bottleneck``.
+    """
+    encoder = build_encoder(encoder, norm, image_size)
     with torch.device("meta"):
-        head = ProjectionHead(embedding_dim(encoder, image_size), hidden_dim, bottleneck_dim, out_dim, weight_norm)
+        head = ProjectionHead(embedding_dim(encoder, image_size), hidden_dim, bottleneck_dim, out_dim, bottleneck)
     return Network(encoder, head)
 
 

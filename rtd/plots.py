@@ -38,7 +38,7 @@ def save_figure(figure, path):
     pyplot.close(figure)
 
 
-def _line(axis, logs, column, color, label, style="-"):
+def line(axis, logs, column, color, label, style="-"):
     """Mean over logs of ``column`` against the epoch, with a band of one standard deviation."""
     epochs = [row["epoch"] for row in logs[0] if row[column] is not None]
     values = [[row[column] for row in log if row[column] is not None] for log in logs]
@@ -61,14 +61,14 @@ def plot_curves(path, log_paths, title=""):
         raise InputError(f"{log_paths[0]} has no rows to draw")
     figure, axes = new_figure(3)
     for axis, probe, name in zip(axes, ("linear", "knn"), ("linear probe", "k-NN probe"), strict=False):
-        _line(axis, logs, f"student_{probe}", STUDENT, "student")
-        _line(axis, logs, f"teacher_{probe}", TEACHER, "teacher", "--")
-        _line(axis, logs, f"input_{probe}", INPUT, "input pixels", ":")
+        line(axis, logs, f"student_{probe}", STUDENT, "student")
+        line(axis, logs, f"teacher_{probe}", TEACHER, "teacher", "--")
+        line(axis, logs, f"input_{probe}", INPUT, "input pixels", ":")
         axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=name)
         if axis.lines:
             axis.legend(frameon=False)
     trained = [[row for row in log if row["epoch"] > 0] for log in logs]  # at its start a student is its teacher: KL 0
-    _line(axes[2], trained, "kl", LOSS, "KL")
+    line(axes[2], trained, "kl", LOSS, "KL")
     axes[2].set(xlabel="epoch", ylabel="KL(teacher || student), nats", title="distillation loss", yscale="log")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -107,3 +107,13 @@ def probe_input(data, **options):
     """``probe`` of the normalised pixels themselves."""
     pixels = (flat_pixels(split.images, data.mean, data.std) for split in (data.train, data.test))
     return probe(*pixels, data, **options) if distributed.is_main() else {}
+
+
+def probe_baselines(encoder, data, precision="fp32", **options):
+    """What a student is to beat: ``probe`` of the teacher's encoder and of the pixels, as teacher_linear ... input_knn."""
+    teacher = probe_encoder(encoder, data, precision, name="teacher", **options)
+    return prefixed("teacher", teacher) | prefixed("input", probe_input(data, name="input", **options))
+
+
+def prefixed(prefix, values):
+    return {f"{prefix}_{name}": value for name, value in values.items()}

@@ -5,7 +5,9 @@ import shutil
 import warnings
 from pathlib import Path
 
-from rtd import cli, distributed, logs
+import torch
+
+from rtd import checkpoint, cli, distributed, logs
 from rtd.errors import InputError
 
 
@@ -61,6 +63,41 @@ def _check_same_run(config, args, may_change, reads):
         raise InputError(f"--resume: {replaced[0]} is not what it was when {config.parent} was begun; give another --out")
 
 
+def load_progress(path, epochs):
+    """The distillation checkpoint from which --resume goes on, up to ``epochs``."""
+    resumed = checkpoint.load_checkpoint(path, mmap=False)
+    if "progress" not in resumed:
+        raise InputError(f"{path} cannot be resumed: it holds networks, but no optimizer state")
+    if resumed["epoch"] > epochs:
+        raise InputError(f"--epochs {epochs}: {path} has already run {resumed['epoch']} epochs")
+    return resumed
+
+
+def restore(resumed, student, optimizer, batch_order, folder):
+    """Put back where training stood. Returns the best probe so far, the seconds spent, the baselines' probes and what
+    training had gathered of the next epoch, if it was stopped there."""
+    try:
+        saved = resumed["progress"]
+        student.load_state_dict(resumed["student"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if any(t.ndim and t.shape != p.shape for p, state in optimizer.state.items() for t in state.values()):
+            raise ValueError("its optimizer's state is of another network")
+        batch_order.set_state(saved["generators"]["batch-order"])
+        device = next(student.parameters()).device
+        so_far = {name: [torch.as_tensor(value).to(device) for value in saved["so_far"][name]] for name in nothing_yet()}
+        for name, shape in (("losses", ()), ("watched", (3,))):
+            if any(value.shape != shape or not value.is_floating_point() for value in so_far[name]):
+                raise ValueError(f"its {name} are not numbers")
+        return float(saved["best"]), float(saved["seconds"]), dict(saved["baselines"]), so_far
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'checkpoint.pt'} cannot be resumed: {' '.join(str(error).split())[:200]}") from error
+
+
+def nothing_yet():
+    """What ``train_epoch`` of run_distill.py gathers of each step's loss, and of KL and entropies, at the start of an epoch."""
+    return {"losses": [], "watched": []}
+
+
 def table_header(probes):
     """Column names of ``table_line``."""
     names = {"linear": "linear %", "knn": "k-NN %"}
@@ -97,17 +134,3 @@ def say_result(rows, probes):
     ):
         cli.say(f"{name:<18}" + "".join(f"{value:9.2f}" for value in values))
     cli.say(f"{'gain over teacher':<18}" + "".join(f"{s[1] - t:+9.2f}" for s, t in zip(student, teacher, strict=True)))
-
-
-def summarize(path, log_paths, columns):
-    """Write summary.csv: mean, standard deviation and number over runs, of the best and the final epoch, and say it."""
-    runs = [logs.read_csv(log) for log in log_paths]
-    summary = []
-    for column in columns:
-        for i, when in enumerate(("best", "final")):
-            mean, std = logs.mean_and_std([best_and_final(rows, column)[i] for rows in runs])
-            summary.append({"quantity": column, "epoch": when, "mean": mean, "std": std, "n": len(runs)})
-    logs.CsvLog(path, ("quantity", "epoch", "mean", "std", "n")).start(summary)
-    cli.say(f"\n{path}: mean and standard deviation over {len(runs)} seeds")
-    for row in summary:
-        cli.say(f"  {row['quantity']:<15} {row['epoch']:<6} {row['mean']:6.2f} +- {row['std']:.2f}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rtd.data import normalize
-from rtd.distill import Distiller, FrozenTeacher, distance
+from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, distance
 from rtd.init import init_network_, init_student_
 from rtd.last_layer import output_log_mean_exp
 from rtd.models import build_network, materialize
@@ -36,10 +36,10 @@ def plain_loss(teacher, student, x):
     return -(p_t * student(x).log_softmax(1)).sum(1).mean()
 
 
-@pytest.mark.parametrize("weight_norm", [True, False])
+@pytest.mark.parametrize("bottleneck", ["-/lb/fn/wn/l/-", "-/lb/fn/-/l/-", "wn/lb/-/wn/l/fn", "-/-/-/-/l/fn"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_cached_step_is_the_plain_step(generator, dtype, tolerance, weight_norm):
-    teacher, student = pair(dtype=dtype, weight_norm=weight_norm)
+def test_cached_step_is_the_plain_step(generator, dtype, tolerance, bottleneck):
+    teacher, student = pair(dtype=dtype, bottleneck=bottleneck)
     twin = copy.deepcopy(student)
     images = some_images(12, generator)
     index = torch.tensor([7, 2, 11, 5, 0])
@@ -85,8 +85,8 @@ def test_bf16_changes_the_loss_little_and_the_teachers_side_not_at_all(generator
     frozen = FrozenTeacher(teacher, images, MEAN, STD)
     with torch.no_grad():
         z = teacher.bottleneck(normalize(images, MEAN, STD))
-    torch.testing.assert_close(frozen.bottleneck, z)
-    torch.testing.assert_close(frozen.log_mean_exp, output_log_mean_exp(z, frozen.weight))
+    torch.testing.assert_close(frozen.answer(None, slice(None))[0], z)
+    torch.testing.assert_close(frozen.answer(None, slice(None))[2], output_log_mean_exp(z, frozen.weight))
     index = torch.arange(16)
     x = normalize(images, MEAN, STD)
     kl = {p: Distiller(student, frozen, p)(x, index, diagnostics=True).kl.item() for p in ("fp32", "bf16")}
@@ -140,3 +140,41 @@ def test_adamw_is_what_the_textbook_says(generator):
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         theta = (1 - lr * decay) * theta - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)) ** 0.5 + eps)
         torch.testing.assert_close(parameter, torch.from_numpy(theta), rtol=1e-12, atol=1e-14)
+
+
+def test_temperatures_and_labels_enter_the_loss_as_written(generator):
+    """d(f_S / tau_S, f_T / tau_T) + beta l(f_S / tau_S, y), in float64 (section 3)."""
+    teacher, student = pair(dtype=torch.float64)
+    twin = copy.deepcopy(student)
+    images, labels = some_images(6, generator), torch.tensor([3, 1, 0, 499, 2, 2])
+    index = torch.arange(6)
+    x = normalize(images, MEAN, STD)
+    with torch.no_grad():
+        p_t = (teacher(x) / 0.5).softmax(1)
+    outputs = twin(x) / 0.1
+    expected = -(p_t * outputs.log_softmax(1)).sum(1).mean() - 0.7 * outputs.log_softmax(1)[index, labels].mean()
+    expected.backward()
+    frozen = FrozenTeacher(teacher, images, MEAN, STD, temperature=0.5)
+    loss = Distiller(student, frozen, temperature=0.1, beta=0.7)(x, index, labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for p, q in zip(student.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-13)
+
+
+def test_a_teacher_that_moves_answers_anew_and_follows_its_student(generator):
+    teacher, student = pair(dtype=torch.float64)
+    moving = MovingTeacher(teacher, 0.25)
+    before = copy.deepcopy(teacher.state_dict())
+    for value in student.buffers():
+        if value.is_floating_point():
+            value.add_(torch.rand(value.shape, generator=generator))
+    moving.follow(student)
+    for name, value in teacher.state_dict().items():
+        mean = 0.75 * before[name] + 0.25 * student.state_dict()[name] if value.is_floating_point() else before[name]
+        torch.testing.assert_close(value, mean)
+    images = some_images(6, generator)
+    x, index = normalize(images, MEAN, STD), torch.arange(6)
+    loss = Distiller(student, moving)(x, index).loss
+    torch.testing.assert_close(loss, Distiller(student, FrozenTeacher(teacher, images, MEAN, STD))(x, index).loss)
+    torch.testing.assert_close(loss, plain_loss(teacher, student, x))

@@ -1,10 +1,12 @@
 """Projection head and l2-bottleneck against numpy in float64."""
 
 import numpy as np
+import pytest
 import torch
 from scipy.special import erf
 
-from rtd.head import L2Bottleneck, ProjectionHead
+from rtd.errors import InputError
+from rtd.head import L2Bottleneck, ProjectionHead, parse_slots
 from rtd.init import init_head_
 from rtd.models import parameter_count
 
@@ -18,30 +20,63 @@ def float64_head(generator, **options):
     return module
 
 
-def numpy_head(state, x, weight_norm=True):
-    def linear(name, x):
-        return x @ state[f"{name}.weight"].numpy().T + state[f"{name}.bias"].numpy()
+def numpy_head(state, x, slots="-/lb/fn/wn/l/-"):
+    """The outputs of the head, and those of its bottleneck's first layer."""
+    wn1, lin1, fn1, wn2, _, fn2 = slots.split("/")
 
     def gelu(x):
         return x * (1 + erf(x / np.sqrt(2))) / 2
 
-    h = gelu(linear("mlp.2", gelu(linear("mlp.0", x))))
-    z = linear("l2_bottleneck.linear", h)
-    z = z / np.sqrt((z**2).sum(1, keepdims=True))
-    v = state["l2_bottleneck.last_layer.weight"].numpy().T  # the paper's V: (bottleneck, outputs)
-    if weight_norm:
-        v = v / np.sqrt((v**2).sum(0, keepdims=True))
-    return z, z @ v
+    def unit_rows(x):
+        return x / np.sqrt((x**2).sum(1, keepdims=True))
+
+    state = {name: value.numpy() for name, value in state.items()}
+    z = x
+    for name in ("mlp.0", "mlp.2"):
+        z = gelu(z @ state[f"{name}.weight"].T + state[f"{name}.bias"])
+    if lin1 != "-":
+        w = state["l2_bottleneck.linear.weight"]
+        z = z @ (unit_rows(w) if wn1 == "wn" else w).T
+    if lin1 == "lb":
+        z = z + state["l2_bottleneck.linear.bias"]
+    if fn1 == "fn":
+        z = unit_rows(z)
+    v = state["l2_bottleneck.last_layer.weight"]
+    y = z @ (unit_rows(v) if wn2 == "wn" else v).T
+    return z, unit_rows(y) if fn2 == "fn" else y
 
 
 def test_head_equals_numpy(generator):
     x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
-    for weight_norm in (True, False):
-        module = float64_head(generator, weight_norm=weight_norm)
-        z, y = numpy_head(module.state_dict(), x.numpy(), weight_norm)
-        with torch.no_grad():
-            np.testing.assert_allclose(module(x), y, rtol=1e-12)
-            np.testing.assert_allclose(module.bottleneck(x), z, rtol=1e-12)
+    module = float64_head(generator)
+    z, y = numpy_head(module.state_dict(), x.numpy())
+    with torch.no_grad():
+        np.testing.assert_allclose(module(x), y, rtol=1e-12)
+        np.testing.assert_allclose(module.bottleneck(x), z, rtol=1e-12)
+
+
+FIG_12 = ["-/lb/fn/wn/l/-", "wn/lb/-/wn/l/-", "-/lb/fn/-/l/fn", "-/lb/-/-/l/fn", "-/lb/-/-/l/-", "-/-/-/-/l/fn", "-/-/-/-/l/-"]
+
+
+@pytest.mark.parametrize("slots", [*FIG_12, "-/lb/fn/-/l/-", "wn/l/fn/wn/l/fn"])
+def test_each_bottleneck_equals_numpy_and_is_one_product_from_its_outputs(generator, slots):
+    x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    module = float64_head(generator, slots=slots)
+    _, y = numpy_head(module.state_dict(), x.numpy(), slots)
+    bottleneck = module.l2_bottleneck
+    assert bottleneck.last_layer.in_features == (20 if slots.split("/")[1] == "-" else 6)
+    with torch.no_grad():
+        np.testing.assert_allclose(module(x), y, rtol=1e-11)
+        np.testing.assert_allclose(module.bottleneck(x) @ bottleneck.normalized_weight().T, y, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("slots", "match"),
+    [("-/lb/fn", "give wn1/lin1"), ("-/lb/fn/wn/lb/-", "give wn1/lin1"), ("wn/-/-/-/l/-", "lin1 is -"), ("", "give wn1/lin1")],
+)
+def test_wrong_slots_are_refused(slots, match):
+    with pytest.raises(InputError, match=match):
+        parse_slots(slots)
 
 
 def test_outputs_are_cosines_and_the_norm_of_v_does_not_matter(generator):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from rtd.errors import InputError
-from rtd.init import init_network_
-from rtd.models import ENCODERS, build_encoder, build_network, embedding_dim, materialize, parameter_count
+from rtd.init import init_encoder_, init_network_
+from rtd.models import ENCODERS, NORMS, build_encoder, build_network, embedding_dim, materialize, parameter_count
 
 COUNTS = {
     "vgg11": 9_220_480,
@@ -17,8 +18,12 @@ COUNTS = {
     "resnet50": 23_500_352,
     "resnet20": 271_824,
     "resnet56": 855_120,
+    "vit-tiny": 5_379_264,  # these of 8x8 patches and untied blocks, not the table's (see rtd.models)
+    "vit-small": 21_375_360,
+    "vit-medium": 37_937_664,
+    "vit-base": 85_218_048,
 }
-DIMENSIONS = {"resnet50": 2048, "resnet20": 64, "resnet56": 64}
+DIMENSIONS = {"resnet50": 2048, "resnet20": 64, "resnet56": 64, "vit-tiny": 192, "vit-small": 384, "vit-base": 768}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -60,6 +65,48 @@ def test_resnet18_has_the_cifar_stem():
     encoder.layer1.register_forward_hook(lambda module, inputs, output: features.update(size=output.shape[2:]))
     encoder(torch.empty(2, 3, 32, 32, device="meta"))
     assert features["size"] == (32, 32)  # no pooling before the first stage
+
+
+@pytest.mark.parametrize("encoder", ["vgg11", "resnet18", "resnet20"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norm_layers_stand_behind_each_convolution_and_normalise(encoder, norm, generator):
+    network = init_encoder_(materialize(build_encoder(encoder, norm)), generator).eval()
+    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert len(norms) == (0 if norm == "none" else len(convolutions))
+    x = torch.randn(2, 3, 32, 32, generator=generator)
+    for layer, convolution in zip(norms, convolutions, strict=False):
+        channels = convolution.out_channels
+        assert layer.weight.shape == layer.bias.shape == (channels,)
+        if norm != "batch":
+            size = {"instance": 1, "group8": 8, "layer": channels}[norm]
+            x = torch.randn(2, channels, 5, 5, generator=generator)
+            grouped = x.view(2, channels // size, size * 25)
+            expected = (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+            torch.testing.assert_close(layer(x), expected.view_as(x), rtol=1e-3, atol=1e-5)
+
+
+def test_other_norms_of_vgg_stand_between_convolution_and_relu():
+    kinds = [type(m).__name__ for m in build_encoder("vgg11", "layer").features]
+    assert kinds[:4] == ["Conv2d", "GroupNorm", "ReLU", "MaxPool2d"]
+    assert kinds.count("GroupNorm") == 8
+
+
+def test_vit_has_patches_of_8_pixels_and_takes_other_sizes(generator):
+    encoder = init_encoder_(materialize(build_encoder("vit-tiny", image_size=64)), generator).eval()
+    assert encoder.encoder.pos_embedding.shape == (1, 64 + 1, 192)
+    assert len(encoder.encoder.layers) == 12
+    with torch.no_grad():
+        assert encoder(torch.randn(2, 3, 64, 64, generator=generator)).shape == (2, 192)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"norm": "batch"}, "--norm batch: vit-tiny has layer norms"), ({"image_size": 36}, "choose a multiple of 8")],
+)
+def test_what_a_vit_cannot_be_is_refused(options, match):
+    with pytest.raises(InputError, match=match):
+        build_encoder("vit-tiny", **options)
 
 
 def test_unknown_encoder_is_refused():

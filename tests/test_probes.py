@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from rtd import probes
-from rtd.data import Dataset, Split, load_digits, normalize
+from rtd.data import Dataset, Split, normalize
+from rtd.datasets import load_digits
 from rtd.errors import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -115,7 +116,7 @@ def test_standardize_uses_the_training_split_alone(generator):
 
 
 def test_input_baseline_is_the_pixels(generator):
-    data = load_digits()
+    data = load_digits(32)
     from sklearn.neighbors import KNeighborsClassifier
 
     def flat(split):

@@ -12,7 +12,8 @@ from torchvision.transforms import functional as TF
 from rtd import checkpoint, distributed
 from rtd.augmentation import augment, draw_augmentation
 from rtd.classifier import Classifier, build_classifier, empty_classifier, load_starts
-from rtd.data import Dataset, Split, load_digits, normalize
+from rtd.data import Dataset, Split, normalize
+from rtd.datasets import load_digits
 from rtd.errors import Diverged, InputError
 from rtd.init import init_encoder_, random_stream
 from rtd.models import materialize
@@ -218,7 +219,7 @@ def test_bf16_stays_near_fp32(generator):
 
 
 def test_starts(tiny_run):
-    data = load_digits()
+    data = load_digits(32)
     path = tiny_run / "checkpoint.pt"
     specs = ["random", "random:1", f"{path}:student", f"{path}:teacher", f"{path}:student-init"]
     starts = load_starts(specs, None, data, seed=3)
@@ -248,11 +249,11 @@ def test_starts_that_are_none(tiny_run, specs):
     specs = [spec.replace("PATH", str(tiny_run / "checkpoint.pt")) for spec in specs]
     encoder = "vgg11" if specs[0].endswith(":student") else None
     with pytest.raises(InputError, match="--init|nowhere.pt"):
-        load_starts(specs, encoder, load_digits(), 0)
+        load_starts(specs, encoder, load_digits(32), 0)
 
 
 def test_classifier_is_drawn_from_its_generator_alone(generator):
-    start = load_starts(["random"], "resnet20", load_digits(), 0)[0]
+    start = load_starts(["random"], "resnet20", load_digits(32), 0)[0]
     a, b = (build_classifier(start, 10, torch.Generator().manual_seed(4)).state_dict() for _ in range(2))
     assert states_equal(dict(a), dict(b))
     assert states_equal(start.state, {k.removeprefix("encoder."): v for k, v in a.items() if k.startswith("encoder.")})
