@@ -38,7 +38,7 @@ DISTANCES = ("distance_encoder", "distance_head", "distance_total")
 PROBED = tuple(f"{who}_{probe}" for who in ("student", "teacher", "input") for probe in ("linear", "knn"))
 COLUMNS = ("epoch", "step", *TRAINING, *DISTANCES, *PROBED, "images_per_second", "seconds")
 PRODUCTS = ("config.json", "log.csv", "checkpoint.pt", "best.pt", "curves.png")
-MAY_CHANGE = ("epochs", "out", "resume", "overwrite", "no_plot", "data_dir", "download", "device")  # on --resume
+MAY_CHANGE = ("epochs", "out", "resume", "overwrite", "save_every", "no_plot", "data_dir", "download", "device")  # on --resume
 NO_WEIGHT_NORM = "-/lb/fn/-/l/-"
 
 

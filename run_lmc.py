@@ -102,9 +102,7 @@ def main(args):
         if distributed.is_main():
             summarize(logs.concatenate(args.out / "lmc.csv", COLUMNS, parts), args.out / "barriers.csv")
             kinds = {start.spec: start.kind for start in starts}
-            cli.draw(
-                args, plots.plot_lmc, args.out / "lmc.png", args.out / "lmc.csv", kinds, f"{starts[0].encoder} on {data.name}"
-            )
+            cli.draw(args, plots.plot_lmc, args.out / "lmc.png", args.out / "lmc.csv", kinds, f"{encoder} on {data.name}")
 
 
 def end_path(args, i, run):

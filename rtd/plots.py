@@ -39,11 +39,12 @@ def save_figure(figure, path):
 
 
 def line(axis, logs, column, color, label, style="-"):
-    """Mean over logs of ``column`` against the epoch, with a band of one standard deviation."""
-    epochs = [row["epoch"] for row in logs[0] if row[column] is not None]
-    values = [[row[column] for row in log if row[column] is not None] for log in logs]
-    if not epochs or any(len(v) != len(epochs) for v in values):
+    """Mean over logs of ``column`` against the epochs where all have it, with a band of one standard deviation."""
+    found = [{row["epoch"]: row[column] for row in log if row[column] is not None} for log in logs]
+    epochs = [epoch for epoch in found[0] if all(epoch in values for values in found)]
+    if not epochs:
         return
+    values = [[values[epoch] for epoch in epochs] for values in found]
     stats = [mean_and_std(at_epoch) for at_epoch in zip(*values, strict=True)]
     mean = [m for m, _ in stats]
     axis.plot(epochs, mean, style, color=color, label=label, linewidth=1.6)

@@ -1,0 +1,99 @@
+"""Several values of a flag on one command line: a run each, a table, figures; stopped and continued, shared by processes."""
+
+import shutil
+import statistics
+
+import pytest
+from conftest import TINY
+from processes import finish, start_two
+from test_run_distill import assert_same_run, rows_without_timings
+
+from rtd.logs import read_csv
+
+SWEEP = [*TINY, "--epochs", 2, "--alpha", 0, 0.5, "--seed", 0, 1]
+FOLDERS = ["alpha0-seed0", "alpha0-seed1", "alpha0.5-seed0", "alpha0.5-seed1"]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The folder of a finished sweep of four runs, by two processes that share them."""
+    folder = tmp_path_factory.mktemp("sweep") / "sweep"
+    out, _ = finish(*start_two("run_distill", *SWEEP, "--out", folder))
+    assert all(out.count(f"{folder / name}\n") == 1 for name in FOLDERS), "a run was done twice, or not at all"
+    return folder
+
+
+def test_each_combination_is_a_run_of_its_own(script, sweep, tmp_path):
+    assert sorted(path.name for path in sweep.iterdir()) == [*FOLDERS, "summary.csv"]
+    script("run_distill", *TINY, "--epochs", 2, "--alpha", 0.5, "--seed", 1, "--out", tmp_path / "alone")
+    assert rows_without_timings(tmp_path / "alone")[0] == rows_without_timings(sweep / "alpha0.5-seed1")[0]
+    assert len({(sweep / name / "log.csv").read_text() for name in FOLDERS}) == 4
+
+
+def test_summary_is_of_the_seeds_of_each_setting(sweep):
+    summary = read_csv(sweep / "summary.csv")
+    assert list(summary[0]) == ["alpha", "quantity", "epoch", "mean", "std", "n"]
+    assert {(row["alpha"], row["n"]) for row in summary} == {(0, 2), (0.5, 2)}
+    for alpha in (0, 0.5):
+        logs = [read_csv(sweep / f"alpha{alpha}-seed{seed}" / "log.csv") for seed in (0, 1)]
+        for when, pick in (("best", max), ("final", lambda values: values[-1])):
+            values = [pick([row["student_knn"] for row in log[1:]]) for log in logs]
+            [row] = [r for r in summary if (r["alpha"], r["quantity"], r["epoch"]) == (alpha, "student_knn", when)]
+            assert row["mean"] == pytest.approx(statistics.fmean(values))
+            assert row["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        [row] = [r for r in summary if (r["alpha"], r["quantity"]) == (alpha, "distance_total")]
+        assert row["epoch"] == "final"
+        assert row["mean"] == pytest.approx(statistics.fmean(log[-1]["distance_total"] for log in logs))
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(script, sweep, tmp_path):
+    """One run finished, one in its first epoch, two not begun."""
+    folder = tmp_path / "sweep"
+    shutil.copytree(sweep / FOLDERS[0], folder / FOLDERS[0])
+    script("run_distill", *TINY, "--epochs", 1, "--alpha", 0, "--seed", 1, "--out", folder / FOLDERS[1])
+    before = (folder / FOLDERS[0] / "checkpoint.pt").stat().st_mtime_ns
+    result = script("run_distill", *SWEEP, "--out", folder)
+    assert result.code == 2 and "--resume" in result.err  # not without being asked to
+    result = script("run_distill", *SWEEP, "--out", folder, "--resume")
+    assert result.code == 0, result.err
+    assert "resumed after epoch 1" in result.out
+    assert (folder / FOLDERS[0] / "checkpoint.pt").stat().st_mtime_ns == before
+    script("run_distill", *SWEEP, "--out", tmp_path / "whole")
+    for name in FOLDERS[1:]:
+        assert_same_run(folder / name, tmp_path / "whole" / name)
+
+
+@pytest.mark.parametrize("flags", ["--alpha 0 0.5", "--norm batch none --seed 0 1", "--out-dim 8 64 --encoder resnet20 vgg11"])
+def test_sweeps_are_drawn(script, tmp_path, flags):
+    tiny = [flag for flag in TINY if flag != "--no-plot"]
+    result = script("run_distill", *tiny, "--epochs", 1, *flags.split(), "--out", tmp_path)
+    assert result.code == 0, result.err
+    for name in ("sweep.png", "dynamics.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bottlenecks_are_swept_by_their_slots(script, tmp_path):
+    slots = ["-/lb/fn/-/l/-", "-/-/-/-/l/fn"]
+    result = script("run_distill", *TINY, "--epochs", 1, "--bottleneck", *slots, "--out", tmp_path / "sweep")
+    assert result.code == 0, result.err
+    assert {row["bottleneck"] for row in read_csv(tmp_path / "sweep" / "summary.csv")} == set(slots)
+    script("run_distill", *TINY, "--epochs", 1, "--no-weight-norm", "--out", tmp_path / "raw")
+    assert_same_run(tmp_path / "raw", tmp_path / "sweep" / "bottleneck-.lb.fn.-.l.-")
+
+
+def test_steps_stay_the_same_when_the_number_of_images_grows(script, tmp_path):
+    """Fig. 4: int(3 * 20 / n) epochs of n images, the probes on all 40 images of their own set."""
+    flags = ["--dataset", "digits", "noise", "--subset", 10, 20, 39, "--epochs", 3, "--epochs-of", 20, "--batch-size", 5]
+    flags += ["--probe-dataset", "digits", "--probe-subset", 40, "--probe-every", 3, "--probe", "knn"]
+    result = script("run_distill", *TINY, *flags, "--out", tmp_path)
+    assert result.code == 0, result.err
+    epochs = {10: 6, 20: 3, 39: 1}
+    for n, count in epochs.items():
+        logs = [read_csv(tmp_path / f"dataset{name}-subset{n}" / "log.csv") for name in ("digits", "noise")]
+        for rows in logs:
+            assert [row["epoch"] for row in rows] == list(range(count + 1))
+            assert rows[-1]["step"] == count * -(-n // 5)
+            assert {row["epoch"] for row in rows if row["student_knn"] is not None} == {0, count}
+            assert rows[0]["teacher_knn"] == logs[0][0]["teacher_knn"]
+        assert logs[0][-1]["loss"] != logs[1][-1]["loss"]
+    assert len({read_csv(tmp_path / f"datasetdigits-subset{n}" / "log.csv")[0]["input_knn"] for n in epochs}) == 1
