@@ -93,7 +93,7 @@ def empty_classifier(architecture, num_classes):
     """``Classifier`` with the encoder that ``build_encoder(**architecture)`` makes, on the meta device."""
     encoder = build_encoder(**architecture)
     with torch.device("meta"):
-        return Classifier(encoder, nn.Linear(embedding_dim(encoder, architecture["image_size"]), num_classes))
+        return Classifier(encoder, nn.Linear(embedding_dim(encoder, architecture.get("image_size", 32)), num_classes))
 
 
 def build_classifier(start, num_classes, generator):

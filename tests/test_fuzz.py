@@ -18,7 +18,9 @@ ROUNDS = 2500
 @pytest.fixture
 def small_checkpoint(tmp_path, monkeypatch, generator):
     """A checkpoint of a few kilobytes, so that thousands of copies are read in seconds."""
-    monkeypatch.setitem(models.ENCODERS, "tiny", lambda: nn.Sequential(nn.Conv2d(3, 2, 3, stride=16), nn.Flatten()))
+    monkeypatch.setitem(models.CONVOLUTIONAL, "tiny", lambda: nn.Sequential(nn.Conv2d(3, 2, 3, stride=16), nn.Flatten()))
+    for module in (models, checkpoint):
+        monkeypatch.setattr(module, "ENCODERS", ("tiny",))
     spec = {"encoder": "tiny", "out_dim": 4, "hidden_dim": 4, "bottleneck_dim": 2}
     network = init_network_(models.materialize(models.build_network(**spec)), generator)
     states = dict.fromkeys(("teacher", "student", "student_init"), network.state_dict())

@@ -22,7 +22,7 @@ def flat(tensors):
 
 
 def test_what_may_be_pruned():
-    model = empty_classifier("resnet18", 10)
+    model = empty_classifier({"encoder": "resnet18"}, 10)
     weights = prunable(model, "weights")
     assert all(name.endswith(".weight") and weight.ndim in (2, 4) for name, weight in weights.items())
     assert sum(w.numel() for w in weights.values()) == 11_168_832 + 512 * 10 - 2 * 4_800  # without 4,800 gains and as many biases
@@ -84,7 +84,7 @@ def test_masks_that_do_not_fit_are_refused(generator):
 
 
 def small_network(generator):
-    model = materialize(empty_classifier("resnet20", 10))
+    model = materialize(empty_classifier({"encoder": "resnet20"}, 10))
     init_encoder_(model, generator)
     weights = prunable(model)
     masks = prune_smallest(dense_masks(weights), weights, 100_000)

@@ -224,8 +224,8 @@ def test_starts(tiny_run):
     specs = ["random", "random:1", f"{path}:student", f"{path}:teacher", f"{path}:student-init"]
     starts = load_starts(specs, None, data, seed=3)
     assert [start.kind for start in starts] == ["random", "random", "student", "teacher", "student-init"]
-    assert {start.encoder for start in starts} == {"resnet20"}  # the checkpoint's, for random starts too
-    assert load_starts(["random"], None, data, 3)[0].encoder == "resnet18"
+    assert {start.architecture["encoder"] for start in starts} == {"resnet20"}  # the checkpoint's, for random starts too
+    assert load_starts(["random"], None, data, 3)[0].architecture["encoder"] == "resnet18"
     contents = torch.load(path, weights_only=True)
     saved = {k.removeprefix("encoder."): v for k, v in contents["student"].items() if k.startswith("encoder.")}
     assert states_equal(saved, starts[2].state)
@@ -257,7 +257,7 @@ def test_classifier_is_drawn_from_its_generator_alone(generator):
     a, b = (build_classifier(start, 10, torch.Generator().manual_seed(4)).state_dict() for _ in range(2))
     assert states_equal(dict(a), dict(b))
     assert states_equal(start.state, {k.removeprefix("encoder."): v for k, v in a.items() if k.startswith("encoder.")})
-    assert materialize(empty_classifier("vgg11", 7)).fc.weight.shape == (7, 512)
+    assert materialize(empty_classifier({"encoder": "vgg11"}, 7)).fc.weight.shape == (7, 512)
 
 
 def test_units_are_shared_as_wholes_where_there_are_enough(monkeypatch):
