@@ -24,8 +24,8 @@ from rtd import checkpoint, cli, distributed, logs, plot_sweep, plots, runs, sto
 from rtd.data import normalize
 from rtd.datasets import DATASETS, LABELLED
 from rtd.device import describe, pick_device
-from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, distance, evaluate_start, weighted_mean
-from rtd.errors import Diverged, InputError
+from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, distance, evaluate_start, load_teacher, weighted_mean
+from rtd.errors import Diverged
 from rtd.head import PAPERS, parse_slots
 from rtd.init import init_network_, init_student_, random_stream
 from rtd.last_layer import LOSSES, LastLayerLoss
@@ -58,7 +58,8 @@ def parse_args(argv=None):
     add("--bottleneck", nargs="+", default=[PAPERS], metavar="SLOTS", help="* wn1/lin1/fn1/wn2/lin2/fn2, as in Fig. 12")
     add("--no-weight-norm", action="store_true", help="raw last layer, as in the authors' code; small runs may collapse")
     add("--alpha", type=cli.unit_interval, nargs="+", default=[1e-10], help="* 0: starts at the teacher; 1: independent, worse")
-    add("--teacher", metavar="PATH:NETWORK", help="not a random teacher but this, as run/checkpoint.pt:student (Fig. 18)")
+    given = "not a random one: run/checkpoint.pt:student (Fig. 18); lmc/runs/init0-run0.pt:supervised for one that saw labels"
+    add("--teacher", metavar="PATH:NETWORK", help=given)
     add("--ema", type=cli.unit_interval, default=0.0, metavar="GAMMA", help="the teacher follows the student; slower: no cache")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=cli.non_negative_int, default=100, help="under 1000 steps expect the dip; 0: probe only")
@@ -119,17 +120,6 @@ def model_of(args):
     return model | {"bottleneck_dim": args.bottleneck_dim, "bottleneck": args.bottleneck, "norm": args.norm}
 
 
-def load_teacher(args, model):
-    """The teacher: a random network, or that of --teacher, and the normalisation that goes with it (None: the data's)."""
-    if args.teacher is None:
-        return init_network_(materialize(build_network(**model)), random_stream(args.seed, "teacher-init")), None
-    contents, which = checkpoint.load_spec("--teacher", args.teacher)
-    built = contents["model"]
-    if odd := [f"{name} {built.get(name)}" for name in model if built.get(name) != model[name]]:
-        raise InputError(f"--teacher {args.teacher}: was built with {', '.join(odd)}; give the same flags")
-    return checkpoint.load_network(contents, which), contents["data"]
-
-
 def distill(args, device):
     """One run: the algorithm of App. A with its probes, one epoch after the other; epoch 0 is before training."""
     folder = args.out
@@ -141,7 +131,7 @@ def distill(args, device):
 
     # Teacher: a random network. Student: theta_S(alpha), next to it.
     model = model_of(args)
-    teacher, normalization = load_teacher(args, model)
+    teacher, normalization = load_teacher(args.teacher, model, args.seed)
     data = data.with_normalization(normalization) if normalization else data
     probed = probed.with_normalization({"mean": data.mean, "std": data.std})
     reads = {args.teacher: checkpoint.sha256(args.teacher.rpartition(":")[0])} if args.teacher else None

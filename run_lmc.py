@@ -33,8 +33,6 @@ BATCH_NORM = ("recompute", "interpolate")
 PRODUCTS = ("config.json", "lmc.csv", "barriers.csv", "lmc.png", "runs/init*-run*", "lines/*")
 LINES = ("points", "bn_statistics", "bn_batches", "line_subset")
 MAY_CHANGE = (*LINES, "out", "resume", "overwrite", "save_every", "no_plot", "data_dir", "download", "device")  # on --resume
-FORMAT = "rtd-lmc-1"
-KEYS = {"training", "config"}
 
 
 def parse_args(argv=None):
@@ -116,16 +114,17 @@ def train_run(path, start, run, data, args, device):
     generators = {name: random_stream(args.seed, name, run) for name in ("batch-order", "augmentation")}
     trainer = Trainer(classifier, data, args.epochs, generators, args.lr, args.batch_size, args.precision)
     trainer.name = f"{start.spec}, run {run}"
-    config = logs.provenance(args, device)
+    contents = {"config": logs.provenance(args, device), "model": start.architecture}
+    contents["data"] = {"name": data.name, "mean": list(data.mean), "std": list(data.std)}
 
     def save():
         path.parent.mkdir(exist_ok=True)
-        checkpoint.save_state(path, {"training": trainer.state(), "config": config}, FORMAT)
+        checkpoint.save_state(path, {"training": trainer.state(), **contents}, checkpoint.SUPERVISED)
 
     resumed = args.resume and path.exists()
     distributed.barrier()  # all have looked before the main process writes
     if resumed:
-        trainer.resume(checkpoint.load_state(path, FORMAT, KEYS, "run_lmc.py", mmap=False)["training"], path)
+        trainer.resume(checkpoint.load_supervised(path)["training"], path)
     while trainer.epoch < args.epochs:
         with stopping.saving(save):
             trainer.run_epoch()
@@ -168,7 +167,7 @@ def evaluate_line(path, start, i, a, b, data, args):
     network = build_classifier(start, data.num_classes, random_stream(args.seed, "fc-init")).to(device)
     ends = []
     for run in (a, b):
-        saved = checkpoint.load_state(end_path(args, i, run), FORMAT, KEYS, "run_lmc.py")
+        saved = checkpoint.load_supervised(end_path(args, i, run))
         ends.append({name: tensor.to(device) for name, tensor in saved["training"]["classifier"].items()})
     train = take(data.train, args.line_subset or min(10_000, len(data.train)), "line")
     images = batch_norm_images(data.train.images, args.bn_batches, args.batch_size)

@@ -21,6 +21,7 @@ from rtd.files import atomic_write
 from rtd.models import ENCODERS, build_network, materialize
 
 FORMAT = "rtd-checkpoint-2"
+SUPERVISED = "rtd-supervised-1"  # a network that run_lmc.py trains
 NETWORKS = ("teacher", "student", "student-init")
 KEYS = {"format", "model", "teacher", "student", "student_init", "data", "epoch", "step", "config"}
 
@@ -64,6 +65,24 @@ def load_checkpoint(path, mmap=True):
         raise InputError(f"{path}: its model settings do not fit together ({_one_line(error)})") from error
     for which in NETWORKS:
         check_state(path, which, checkpoint[which.replace("-", "_")], expected)
+    check_normalization(path, data)
+    return checkpoint
+
+
+def load_supervised(path):
+    """The state that run_lmc.py saved of a training run at ``path``: a dict with training, model, data and config.
+
+    model: arguments of ``rtd.models.build_encoder``. training: ``rtd.train.Trainer.state``, which is not checked.
+    """
+    state = load_state(path, SUPERVISED, {"training", "model", "data", "config"}, "run_lmc.py (runs/*.pt)", mmap=False)
+    if not all(isinstance(state[name], dict) for name in ("training", "model")):
+        raise InputError(f"{path} is not a checkpoint of run_lmc.py (runs/*.pt): its parts are not dicts")
+    check_normalization(path, state["data"])
+    return state
+
+
+def check_normalization(path, data):
+    """Raise InputError unless ``data``, of the file ``path``, holds a mean and a deviation for each channel."""
     try:
         constants = torch.tensor([data["mean"], data["std"]], dtype=torch.float64)
         sound = constants.shape == (2, 3) and bool(constants.isfinite().all()) and bool((constants[1] > 0).all())
@@ -71,7 +90,6 @@ def load_checkpoint(path, mmap=True):
         sound = False
     if not sound:
         raise InputError(f"{path}: its normalisation is not a mean and a deviation above 0 for each of three channels")
-    return checkpoint
 
 
 def check_state(path, which, state, expected):

@@ -14,10 +14,42 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtd import distributed
+from rtd import checkpoint, distributed
 from rtd.data import normalize
 from rtd.device import autocast
+from rtd.errors import InputError
+from rtd.init import init_network_, random_stream
 from rtd.last_layer import LastLayerLoss, last_layer_loss, output_log_mean_exp
+from rtd.models import build_network, materialize
+
+
+def load_teacher(spec, model, seed):
+    """The teacher: a random network, or that of ``spec``, and the normalisation that goes with it (None: the data's).
+
+    spec: None; PATH:NETWORK of a distillation; or PATH:supervised, an encoder that run_lmc.py trained with labels under a
+    random head. model: arguments of ``build_network``. Raises InputError for a network that was built otherwise.
+    """
+    drawn = None
+    if spec is None or spec.endswith(":supervised"):
+        drawn = init_network_(materialize(build_network(**model)), random_stream(seed, "teacher-init"))
+    if spec is None:
+        return drawn, None
+    if drawn:
+        path = spec.rpartition(":")[0]
+        contents = checkpoint.load_supervised(path)
+    else:
+        contents, which = checkpoint.load_spec("--teacher", spec)
+    built = contents["model"]
+    expected = ("encoder", "norm", "image_size") if drawn else model
+    if odd := [f"{name} {built.get(name)}" for name in expected if built.get(name) != model[name]]:
+        raise InputError(f"--teacher {spec}: was built with {', '.join(odd)}; give the same flags")
+    if not drawn:
+        return checkpoint.load_network(contents, which), contents["data"]
+    weights = contents["training"].get("classifier", {})
+    encoder = {name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+    checkpoint.check_state(path, "supervised", encoder, drawn.encoder.state_dict())
+    drawn.encoder.load_state_dict(encoder)
+    return drawn, contents["data"]
 
 
 class FrozenTeacher:

@@ -26,6 +26,31 @@ def test_a_student_becomes_the_teacher_of_a_second_round(script, tiny_run, tmp_p
     assert not torch.equal(second["student"]["encoder.0.weight"], second["teacher"]["encoder.0.weight"])
 
 
+def test_a_network_trained_with_labels_becomes_the_teacher(script, tmp_path):
+    flags = [*SUPERVISED, "--runs", 2, "--points", 2, "--epochs", 1, "--init", "random"]
+    assert script("run_lmc", *flags, "--out", tmp_path / "lmc").code == 0
+    path = tmp_path / "lmc" / "runs" / "init0-run1.pt"
+    spec = f"{path}:supervised"
+    result = script("run_distill", *TINY, "--epochs", 1, "--teacher", spec, "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    teacher = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["teacher"]
+    trained = torch.load(path, weights_only=True)["training"]["classifier"]
+    for name, value in teacher.items():
+        if name.startswith("encoder."):
+            assert torch.equal(value, trained[name]), name
+    script("run_distill", *TINY, "--epochs", 0, "--out", tmp_path / "random")  # the head is a random teacher's
+    random = checkpoint.load_checkpoint(tmp_path / "random" / "checkpoint.pt")["teacher"]
+    assert all(torch.equal(value, random[name]) for name, value in teacher.items() if name.startswith("head."))
+
+    result = script("run_distill", *TINY, "--encoder", "resnet56", "--teacher", spec, "--out", tmp_path / "other")
+    assert result.code == 2 and "was built with encoder resnet20; give the same flags" in result.err
+    state = torch.load(path, weights_only=True)
+    del state["training"]["classifier"]["encoder.0.weight"]
+    torch.save(state, path)
+    result = script("run_distill", *TINY, "--teacher", spec, "--out", tmp_path / "other")
+    assert result.code == 2 and "do not fit its architecture" in result.err
+
+
 def test_a_teacher_of_another_architecture_is_refused(script, tiny_run, tmp_path):
     spec = f"{tiny_run / 'checkpoint.pt'}:student"
     result = script("run_distill", *TINY, "--out-dim", 32, "--norm", "layer", "--teacher", spec, "--out", tmp_path / "run")
