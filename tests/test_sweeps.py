@@ -58,6 +58,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(script, sweep, tmp_path):
     result = script("run_distill", *SWEEP, "--out", folder, "--resume")
     assert result.code == 0, result.err
     assert "resumed after epoch 1" in result.out
+    assert result.out.count("training images") == 3, "a finished run was begun again"
     assert (folder / FOLDERS[0] / "checkpoint.pt").stat().st_mtime_ns == before
     script("run_distill", *SWEEP, "--out", tmp_path / "whole")
     for name in FOLDERS[1:]:
