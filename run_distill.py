@@ -45,13 +45,14 @@ NO_WEIGHT_NORM = "-/lb/fn/-/l/-"
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = cli.add_file_flags(parser).add_argument
-    add("--dataset", nargs="+", choices=DATASETS, default=["digits"], help="* digits needs no files; the others need --data-dir")
+    of, further = "one of %(choices)s", "vgg11 gets further, resnet18 gets there earlier"
+    add("--dataset", nargs="+", choices=DATASETS, metavar="NAME", default=["digits"], help=f"* digits needs no files; {of}")
     add("--subset", type=cli.positive_int, nargs="+", default=[None], metavar="N", help="* use N training images, class-balanced")
     add("--probe-dataset", choices=LABELLED, help="what the probes judge on, all of it; by default what is distilled on")
     add("--probe-subset", type=cli.positive_int, metavar="N", help="of --probe-dataset, use N training images")
     add = parser.add_argument_group("teacher and student").add_argument
-    add("--encoder", nargs="+", choices=ENCODERS, default=["vgg11"], help="* vgg11 gets further, resnet18 gets there earlier")
-    add("--norm", nargs="+", choices=NORMS, default=[None], help="* norm layers; by default none in VGG, batch in ResNet")
+    add("--encoder", nargs="+", choices=ENCODERS, metavar="NAME", default=["vgg11"], help=f"* {further}; {of}")
+    add("--norm", nargs="+", choices=NORMS, metavar="NAME", default=[None], help=f"* VGG has none, ResNet batch; {of}")
     add("--out-dim", type=cli.positive_int, nargs="+", default=[2**16], help="* outputs of the head; below 256 the effect goes")
     add("--bottleneck-dim", type=cli.positive_int, default=256, help="width of the head's l2-bottleneck")
     add("--head-hidden", type=cli.positive_int, default=2048, help="width of the head's two hidden layers")
