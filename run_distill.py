@@ -13,6 +13,7 @@ Writes config.json, log.csv (a row an epoch), checkpoint.pt, best.pt and curves.
 take several values: each combination is a run in a folder of its own, summed up in summary.csv and two figures.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -37,7 +38,7 @@ TRAINING = LastLayerLoss._fields
 DISTANCES = ("distance_encoder", "distance_head", "distance_total")
 PROBED = tuple(f"{who}_{probe}" for who in ("student", "teacher", "input") for probe in ("linear", "knn"))
 COLUMNS = ("epoch", "step", *TRAINING, *DISTANCES, *PROBED, "images_per_second", "seconds")
-PRODUCTS = ("config.json", "log.csv", "checkpoint.pt", "best.pt", "curves.png")
+PRODUCTS = ("config.json", "log.csv", "checkpoint.pt", "best.pt", "curves.png", sweeps.DIVERGED)
 MAY_CHANGE = ("epochs", "out", "resume", "overwrite", "save_every", "no_plot", "data_dir", "download", "device")  # on --resume
 NO_WEIGHT_NORM = "-/lb/fn/-/l/-"
 
@@ -100,19 +101,26 @@ def main(args):
     several, planned = sweeps.varied(args), sweeps.expand(args)
     for run in planned:  # refuse what cannot be built before anything is computed
         parse_slots(run.bottleneck)
-        build_network(**model_of(run))
+        load_teacher(args.teacher, model_of(run), run.seed) if args.teacher else build_network(**model_of(run))
+    if several:
+        sweeps.check_folders(args, planned)
     with distributed.process_group(device):
         for run in distributed.units(planned):
-            distill(run, device)
+            with sweeps.noting_divergence(run.out) if several else contextlib.nullcontext():
+                distill(run, device)
         if several and distributed.is_main():
-            columns = [column for column in PROBED if column.split("_")[1] in args.probe]
-            sweeps.summarize(args.out / "summary.csv", planned, several, columns)
-            names, grouped = sweeps.groups(planned, several)
-            if names:
-                cli.draw(args, plot_sweep.plot_sweep, args.out / "sweep.png", names, grouped)
-                cli.draw(args, plot_sweep.plot_dynamics, args.out / "dynamics.png", names, grouped)
-            else:
-                cli.draw(args, plots.plot_curves, args.out / "curves.png", grouped[()], title(planned[0]))
+            conclude(args, several, *sweeps.split_off_diverged(planned))
+
+
+def conclude(args, several, finished, diverged):
+    """Sum up and draw a sweep's ``finished`` runs; Diverged names the others."""
+    if finished:
+        columns = [column for column in PROBED if column.split("_")[1] in args.probe]
+        sweeps.summarize(args.out / "summary.csv", finished, several, columns)
+        plot_sweep.draw(args, *sweeps.groups(finished, several), title(finished[0]))
+    if diverged:
+        folders = ", ".join(run.out.name for run in diverged)
+        raise Diverged(f"of {len(finished) + len(diverged)} runs, {len(diverged)} diverged and were left out: {folders}")
 
 
 def model_of(args):
@@ -128,7 +136,8 @@ def distill(args, device):
     cli.check_k(args, probed)
     if args.epochs_of:
         for name in ("epochs", "probe_every", "save_every"):
-            setattr(args, name, max(1, int(getattr(args, name) * args.epochs_of / len(data.train))))
+            if asked := getattr(args, name):  # --epochs 0 stays 0
+                setattr(args, name, max(1, int(asked * args.epochs_of / len(data.train))))
 
     # Teacher: a random network. Student: theta_S(alpha), next to it.
     model = model_of(args)
@@ -140,6 +149,8 @@ def distill(args, device):
     if runs.open_folder(folder, args, device, MAY_CHANGE, PRODUCTS, reads) and (folder / "checkpoint.pt").exists():
         resumed = runs.load_progress(folder / "checkpoint.pt", args.epochs)
     if resumed is not None and resumed["epoch"] == args.epochs:  # nothing is left to do: one of a sweep's finished runs
+        if distributed.is_main():
+            logs.CsvLog(folder / "log.csv", COLUMNS).cut(args.epochs)
         report(args)
         return
     began = time.perf_counter()
@@ -173,6 +184,7 @@ def distill(args, device):
     if baselines is None:
         options = cli.probe_options(args)
         baselines = probe_baselines(teacher.encoder, probed, args.precision, **options) if args.probe else {}
+    standing = {name: value for name, value in baselines.items() if not (args.ema and name.startswith("teacher"))}
     if args.ema:
         followed = MovingTeacher(teacher, args.ema, args.teacher_temperature)
         teacher_state = teacher.state_dict()  # shares its memory: what is saved is the teacher as it then is
@@ -211,7 +223,7 @@ def distill(args, device):
 
     steps = math.ceil(len(data.train) / args.batch_size)  # of an epoch
     for epoch in range(done + 1, args.epochs + 1):
-        row = dict.fromkeys(COLUMNS) | baselines | {"epoch": epoch}
+        row = dict.fromkeys(COLUMNS) | standing | {"epoch": epoch}
         if epoch == 0:
             row |= evaluate_start(distiller, data)
         else:

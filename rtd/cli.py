@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from rtd import distributed, plots, stopping
-from rtd.datasets import LABELLED, PROBED_ON, load_dataset
+from rtd.datasets import DOWNLOADABLE, LABELLED, PROBED_ON, load_dataset
 from rtd.device import DEVICES, PRECISIONS
 from rtd.errors import Diverged, InputError
 from rtd.models import ENCODERS
@@ -79,13 +79,20 @@ def add_file_flags(parser):
 
 def load_data(args):
     """The data set that the flags of ``add_data_flags`` ask for."""
+    _check_download(args, args.dataset)
     return load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset, args.image_size)
+
+
+def _check_download(args, *names):
+    if args.download and not set(names) & set(DOWNLOADABLE):
+        raise InputError(f"--download: {names[0]} has no download")
 
 
 def load_sources(args):
     """(what run_distill.py's student is distilled on, what the probes judge on): often the same."""
     files = args.data_dir, args.download
     other = args.probe_dataset or PROBED_ON.get(args.dataset)
+    _check_download(args, args.dataset, other)
     if args.probe_subset and not other:
         raise InputError(f"--probe-subset {args.probe_subset}: goes with --probe-dataset; without, --subset decides for both")
     probed = other and load_dataset(other, *files, args.probe_subset, args.test_subset, args.image_size)

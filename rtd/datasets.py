@@ -6,7 +6,9 @@ its features are probed on another data set (paper Fig. 4).
 
 import contextlib
 import os
+import tokenize
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,7 +106,7 @@ def _npz_array(path, key, shape):
             if tuple(rest) != shape or fortran or dtype.kind not in "ui":
                 raise ValueError(f"{key} is of shape {(rows, *rest)} and type {dtype}")
             yield file, rows, dtype
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is damaged or not a part of CIFAR-5M ({reason}); fetch it again") from error
 
@@ -173,8 +175,6 @@ def load_dataset(name, data_dir=None, download=False, subset=None, test_subset=N
         raise InputError(f"--dataset: unknown data set '{name}': choose one of {', '.join(DATASETS)}")
     if name not in ("digits", "noise") and data_dir is None:
         raise InputError(f"--dataset {name} needs --data-dir, the folder that holds it")
-    if download and name not in DOWNLOADABLE:
-        raise InputError(f"--download: {name} has no download")
     if name in PUBLISHED and not download and not os.path.isdir(data_dir):
         raise InputError(f"--data-dir {data_dir}: no such folder; --download makes it and fetches {name}")
     if name == "noise":

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +19,20 @@ IMAGE_ENDINGS = torchvision.datasets.folder.IMG_EXTENSIONS
 IMAGENET_CONSTANTS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
 
 
-def cached(cache, files, size, make):
+def cached(cache, files, size, make, labels=()):
     """The ``Split`` that ``make()`` returns, or the one in the file ``cache`` if that was made from exactly these files.
 
     files: the paths it is made from, of which none may have changed its size or its time of modification since.
-    size: of its images.
+    size: of its images. labels: of each file, where ``make`` does not read them from the files.
     """
     stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    fingerprint = hashlib.sha256("\n".join([str(size), *stamps]).encode()).hexdigest()
+    fingerprint = hashlib.sha256("\n".join([str(size), *stamps, *map(str, labels)]).encode()).hexdigest()
     if cache.exists():
         try:
             with np.load(cache, allow_pickle=False) as stored:
                 if str(stored["fingerprint"]) == fingerprint:
                     return Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # a damaged cache is made anew
     split = make()
     try:
@@ -65,7 +66,7 @@ def _decode(path, size):
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises, by format
         raise InputError(f"--data-dir: {path} does not decode as an image ({error})") from error
     image = torchvision.transforms.functional.resize(image, size, antialias=True)
     image = torchvision.transforms.functional.center_crop(image, size)
@@ -79,7 +80,8 @@ def _decode_all(files, size, name):
 
 def _load_files(files, size, cache):
     """``Split`` of [(path, label)], decoded, or read from ``cache``."""
-    return cached(cache, [path for path, _ in files], size, lambda: _decode_all(files, size, cache.parent.name))
+    paths, labels = zip(*files, strict=True)
+    return cached(cache, paths, size, lambda: _decode_all(files, size, cache.parent.name), labels)
 
 
 def load_folder(data_dir, size):

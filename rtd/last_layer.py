@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-from rtd.losses import exp_minus_one_minus
+from rtd.losses import kl_terms
 
 BLOCK = 2048  # outputs per block: 2048 x 256 images x 4 bytes = 2 MB, about one core's cache
 LOSSES = ("ce", "kl", "mse")
@@ -137,10 +137,10 @@ def _forward_backward(z, weight, z_t, weight_t, lme_t, kind, weight_norm, dtype,
         product = block_b[: len(s)]
         if diagnostics or kind == "kl":
             ratio_s, ratio_t = s - lme, t - lme_t  # log(m p_s), log(m p_t)
-            p_t = ratio_t.exp()
-            kl += exp_minus_one_minus(ratio_s - ratio_t).mul_(p_t).sum(0)
+            p_s, p_t = ratio_s.exp(), ratio_t.exp()  # times m, as everywhere here
+            kl += kl_terms(p_s, p_t, ratio_s.sub_(ratio_t)).sum(0)
             inner_t += p_t.mul_(t).sum(0)
-            inner_s += ratio_s.exp_().mul_(s).sum(0)
+            inner_s += p_s.mul_(s).sum(0)
         if kind == "mse":
             grad = s.sub_(t)
             value += torch.mul(grad, grad, out=product).sum(0)

@@ -6,11 +6,12 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 from rtd.errors import InputError
 from rtd.files import atomic_write
@@ -90,7 +91,7 @@ def _parse(cell):
 
 def mean_and_std(values):
     """Mean and sample standard deviation (n - 1); the latter is None for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def flags(args):

@@ -35,6 +35,11 @@ def exp_minus_one_minus(x):
     return torch.where(x.abs() < 0.05, series, torch.expm1(x) - x)
 
 
+def kl_terms(p_s, p_t, d):
+    """p_t phi(d) with d = log(p_s / p_t): the terms whose sum is the KL, also where exp(d) overflows and p_t underflows."""
+    return torch.where(d.abs() < 1, p_t * exp_minus_one_minus(d), p_s - p_t * (1 + d))  # far apart, nothing cancels
+
+
 def cross_entropy(student_logits, teacher_logits):
     """H(p_t, p_s) of each image: two (..., m) tensors of logits -> (...), in nats."""
     p_t = teacher_logits.softmax(-1)
@@ -45,9 +50,7 @@ def kl_divergence(student_logits, teacher_logits):
     """KL(p_t || p_s) of each image: two (..., m) tensors of logits -> (...), in nats; no cancellation, never negative."""
     log_ratio_s = student_logits - log_mean_exp(student_logits).unsqueeze(-1)
     log_ratio_t = teacher_logits - log_mean_exp(teacher_logits).unsqueeze(-1)
-    p_s, p_t, d = student_logits.softmax(-1), teacher_logits.softmax(-1), log_ratio_s - log_ratio_t
-    # far apart, exp(d) may overflow where p_t underflows; p_t exp(d) is p_s, and nothing cancels
-    return torch.where(d.abs() < 1, p_t * exp_minus_one_minus(d), p_s - p_t * (1 + d)).sum(-1)
+    return kl_terms(student_logits.softmax(-1), teacher_logits.softmax(-1), log_ratio_s - log_ratio_t).sum(-1)
 
 
 def entropy(logits):

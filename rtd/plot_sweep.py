@@ -1,8 +1,9 @@
 """The figures of a sweep: what the probes found, and how training went, for each value of the flags that varied."""
 
+from rtd import cli
 from rtd.errors import InputError
 from rtd.logs import mean_and_std, read_csv
-from rtd.plots import INPUT, LOSS, STUDENT, STYLES, TEACHER, line, new_figure, save_figure
+from rtd.plots import INPUT, LOSS, STUDENT, STYLES, TEACHER, line, new_figure, plot_curves, save_figure
 from rtd.runs import best_and_final
 from rtd.sweeps import label
 
@@ -71,6 +72,15 @@ def _finish(figure, axes, path):
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
+
+
+def draw(args, names, groups, title):
+    """The figures of a sweep into --out: sweep.png and dynamics.png, or for seeds alone (no ``names``) curves.png."""
+    if names:
+        cli.draw(args, plot_sweep, args.out / "sweep.png", names, groups)
+        cli.draw(args, plot_dynamics, args.out / "dynamics.png", names, groups)
+    else:
+        cli.draw(args, plot_curves, args.out / "curves.png", groups[()], title)
 
 
 def plot_sweep(path, names, groups):

@@ -46,7 +46,8 @@ def flat_pixels(images, mean, std):
 
 def standardize(train_x, test_x):
     """Both splits' features with the training split's mean 0 and deviation 1 in each dimension (an option, off by default)."""
-    mean, std = train_x.mean(0), train_x.std(0).clamp_min(1e-8)
+    mean, std = train_x.mean(0), train_x.std(0)
+    std = torch.where(std > 1e-6 * mean.abs(), std, 1)  # a dimension that does not vary, up to rounding, stays as it is
     return (train_x - mean) / std, (test_x - mean) / std
 
 

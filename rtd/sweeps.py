@@ -1,12 +1,15 @@
 """Several values of a flag on one command line: a run for each combination, each in its own folder, summed up in one table."""
 
 import argparse
+import contextlib
 import itertools
 
-from rtd import cli, logs
+from rtd import cli, distributed, logs
+from rtd.errors import Diverged, InputError
 from rtd.runs import best_and_final
 
 SWEPT = ("dataset", "encoder", "norm", "bottleneck", "out_dim", "subset", "lr", "alpha", "seed")
+DIVERGED = "diverged.txt"  # in a run's folder: why it is not in the summary
 ONLY_FINAL = ("kl", "distance_encoder", "distance_head", "distance_total")
 
 
@@ -35,7 +38,41 @@ def expand(args):
 
 def label(value):
     """A value of a flag as short text: None, which is what no flag gives, as "default"."""
-    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "default"
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
+def check_folders(args, planned):
+    """Refuse, before the first run, folders that hold something already; with --resume or --overwrite that is meant."""
+    if (args.out / "config.json").exists():
+        raise InputError(f"--out {args.out} holds a single run; give a sweep another folder")
+    used = [run.out for run in planned if run.out.is_dir() and any(run.out.iterdir())]
+    used += [path for path in (args.out / "summary.csv",) if path.exists()]
+    if used and not (args.resume or args.overwrite):
+        raise InputError(f"--out {args.out} holds {used[0].name} already: --resume continues the sweep, --overwrite starts again")
+
+
+@contextlib.contextmanager
+def noting_divergence(folder):
+    """A run whose loss is not finite any more leaves a note in its ``folder``, and the sweep goes on."""
+    note = folder / DIVERGED
+    try:
+        yield
+    except Diverged as error:
+        if distributed.world_size() > 1:  # others are at this run too, and may wait for this process
+            raise
+        cli.say(error)
+        note.write_text(f"{error}\n")
+    else:
+        note.unlink(missing_ok=True)
+
+
+def split_off_diverged(planned):
+    """(the runs of a sweep that came to their end, those that diverged)."""
+    diverged = [run for run in planned if (run.out / DIVERGED).exists()]
+    return [run for run in planned if run not in diverged], diverged
 
 
 def groups(runs, several):

@@ -48,8 +48,10 @@ def test_folder_is_decoded_once_and_again_when_a_file_changes(tree, monkeypatch)
     again = load_dataset("folder", tree)
     assert len(read) == 4  # the split that changed
     assert again.test.images[2, 0].float().mean() > 240
-    (tree / ".rtd-train-32.npz").write_bytes(b"damaged")
-    assert torch.equal(load_dataset("folder", tree).train.images, first.train.images)
+    whole = (tree / ".rtd-train-32.npz").read_bytes()
+    for damaged in (b"damaged", whole[:-50], whole[:100], whole[:2000] + b"x" * 100 + whole[2100:], b""):
+        (tree / ".rtd-train-32.npz").write_bytes(damaged)
+        assert torch.equal(load_dataset("folder", tree).train.images, first.train.images)
 
 
 def test_a_cache_with_a_pickle_in_it_is_not_opened(tree):
@@ -111,6 +113,20 @@ def test_tinyimagenet_is_read_as_it_is_published(tiny_imagenet, size):
         assert dark.tolist() == [False, True, False, False]
     after = sorted(path for path in tiny_imagenet.rglob("*") if path.is_file())
     assert [path.name for path in after if path not in before] == [f".rtd-train-{size}.npz", f".rtd-val-{size}.npz"]
+
+
+def test_tinyimagenets_labels_are_read_again_when_the_annotations_change(tiny_imagenet):
+    load_dataset("tinyimagenet", tiny_imagenet)
+    annotations = tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().replace("val_0.JPEG\tn02", "val_0.JPEG\tn01"))
+    assert load_dataset("tinyimagenet", tiny_imagenet).test.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + b"\x00" * 40, b"BM" + b"\xff" * 60, b"P6 99999 99999 255 ", b""])
+def test_whatever_pil_raises_names_the_file(tree, content):
+    (tree / "train" / "ant" / "2.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"2\.png does not decode"):
+        load_dataset("folder", tree)
 
 
 def test_what_tinyimagenet_lacks_is_named(tiny_imagenet):

@@ -124,6 +124,16 @@ def test_bf16_products_keep_a_small_kl_and_its_gradient(generator, kl, tolerance
     assert F.cosine_similarity(exact_grad, rounded_grad, dim=0) > 0.99
 
 
+def test_kl_of_outputs_far_apart_is_finite(generator):
+    """At a temperature of 0.001 the outputs are in the hundreds: exp of their differences overflows."""
+    z, weight, z_t, weight_t = inputs(generator, torch.float32)
+    z, z_t = 1000 * z.detach(), 1000 * z_t
+    result = last_layer_loss(z, weight, z_t, weight_t, diagnostics=True)
+    s, t = z.double() @ F.normalize(weight.double()).T, z_t.double() @ weight_t.double().T
+    expected = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True)
+    assert result.kl.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_unknown_loss_is_refused(generator):
     with pytest.raises(ValueError, match="kind must be one of"):
         last_layer_loss(*inputs(generator, torch.float32), kind="hinge")

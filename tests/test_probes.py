@@ -115,6 +115,12 @@ def test_standardize_uses_the_training_split_alone(generator):
     torch.testing.assert_close(b, (test_x - train_x.mean(0)) / train_x.std(0))
 
 
+def test_standardize_leaves_dimensions_that_do_not_vary(generator):
+    train_x = torch.stack([torch.full((100,), 0.1), torch.randn(100, generator=generator), torch.zeros(100)], 1)
+    a, b = probes.standardize(train_x, train_x[:10] + 1e-4)
+    assert a.abs().max() < 10 and b.abs().max() < 10
+
+
 def test_input_baseline_is_the_pixels(generator):
     data = load_digits(32)
     from sklearn.neighbors import KNeighborsClassifier

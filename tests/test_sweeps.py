@@ -9,6 +9,7 @@ from processes import finish, start, start_two
 from test_run_distill import assert_same_run, rows_without_timings
 
 from rtd.logs import read_csv
+from rtd.sweeps import label
 
 SWEEP = [*TINY, "--epochs", 2, "--alpha", 0, 0.5, "--seed", 0, 1]
 FOLDERS = ["alpha0-seed0", "alpha0-seed1", "alpha0.5-seed0", "alpha0.5-seed1"]
@@ -72,6 +73,37 @@ def test_sweeps_are_drawn(script, tmp_path, flags):
     assert result.code == 0, result.err
     for name in ("sweep.png", "dynamics.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_diverges_does_not_end_the_sweep(script, tmp_path):
+    flags = [*TINY, "--epochs", 2, "--lr", 1e30, 0.001]
+    for more in ([], ["--resume"]):
+        result = script("run_distill", *flags, *more, "--out", tmp_path / "sweep")
+        assert result.code == 1
+        assert "of 2 runs, 1 diverged and were left out: lr1e+30" in result.err
+        assert {row["lr"] for row in read_csv(tmp_path / "sweep" / "summary.csv")} == {0.001}
+        assert read_csv(tmp_path / "sweep" / "lr0.001" / "log.csv")[-1]["epoch"] == 2
+        assert "not finite" in (tmp_path / "sweep" / "lr1e+30" / "diverged.txt").read_text()
+
+
+def test_a_used_folder_is_refused_before_the_first_run(script, sweep, tiny_run, tmp_path):
+    before = (sweep / "summary.csv").read_bytes()
+    result = script("run_distill", *TINY, "--epochs", 2, "--lr", 0.1, 0.2, "--out", sweep)
+    assert result.code == 2 and "holds summary.csv already: --resume" in result.err
+    assert (sweep / "summary.csv").read_bytes() == before
+    for flag in ("--resume", "--overwrite"):
+        result = script("run_distill", *SWEEP, "--out", tiny_run, flag)
+        assert result.code == 2 and "holds a single run; give a sweep another folder" in result.err
+    shutil.copytree(sweep / FOLDERS[3], tmp_path / FOLDERS[3])
+    result = script("run_distill", *SWEEP, "--out", tmp_path)
+    assert result.code == 2 and f"holds {FOLDERS[3]} already" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDERS[3]]
+
+
+def test_values_that_differ_have_folders_that_differ():
+    assert [label(value) for value in (0.2, 1.0, 1e-10, 0.9999999, None, "wn", 3)] == [
+        "0.2", "1", "1e-10", "0.9999999", "default", "wn", "3",
+    ]  # fmt: skip
 
 
 def test_bottlenecks_are_swept_by_their_slots(script, tmp_path):

@@ -82,6 +82,14 @@ def test_a_moving_teacher_goes_on_where_it_stood(script, tmp_path):
     assert not torch.equal(moved["encoder.0.weight"], frozen["encoder.0.weight"])
     rows = read_csv(tmp_path / "whole" / "log.csv")
     assert rows[0]["teacher_entropy"] != rows[-1]["teacher_entropy"]
+    script("run_distill", *flags, "--epochs", 3, "--probe-every", 2, "--out", tmp_path / "seldom")
+    seldom = read_csv(tmp_path / "seldom" / "log.csv")
+    assert [row["teacher_knn"] for row in seldom] == [
+        rows[0]["teacher_knn"],
+        None,
+        rows[2]["teacher_knn"],
+        rows[3]["teacher_knn"],
+    ]
 
 
 def test_gamma_0_is_the_frozen_teacher_and_labels_change_the_loss(script, tiny_run, tmp_path):
