@@ -58,7 +58,8 @@ class _Sweep:
         axis.set(xlabel=self.x.replace("_", " "))
         if self.numbers:
             axis.set(xscale=SCALES.get(self.x, "linear"))
-        else:
+            axis.minorticks_off()
+        if not self.numbers or self.x in SCALES:  # a mark for each value
             axis.set_xticks(list(self.places.values()), list(self.places), rotation=30, ha="right", fontsize="x-small")
         if axis.lines:
             axis.legend(frameon=False, fontsize="x-small")
