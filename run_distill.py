@@ -102,9 +102,9 @@ def main(args):
     for run in planned:  # refuse what cannot be built before anything is computed
         parse_slots(run.bottleneck)
         load_teacher(args.teacher, model_of(run), run.seed) if args.teacher else build_network(**model_of(run))
-    if several:
-        sweeps.check_folders(args, planned)
     with distributed.process_group(device):
+        if several:
+            sweeps.check_folders(args, planned, several)
         for run in distributed.units(planned):
             with sweeps.noting_divergence(run.out) if several else contextlib.nullcontext():
                 distill(run, device)
@@ -290,7 +290,7 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
         precision = "fp32" if step < args.fp32_steps else args.precision
         result = trained(images, mine, diagnostics, precision, data.train.labels[mine])
         loss = factor * result.loss
-        if device.type == "cpu" and not torch.isfinite(loss):
+        if device.type == "cpu" and distributed.world_size() == 1 and not torch.isfinite(loss):
             stop_diverged(epoch, step + 1, args)
         optimizer.zero_grad()
         loss.backward()
@@ -303,7 +303,7 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
             if hasattr(bar, "set_postfix"):
                 bar.set_postfix(loss=f"{loss.item():.4f}")
     loss = distributed.average(weighted_mean(torch.stack(losses), [len(batch) for batch in batches]))
-    if not all(tensor.isfinite().all() for tensor in (loss, *trained.parameters())):  # the last step may have done it
+    if not all(tensor.isfinite().all() for tensor in (loss, *trained.parameters())):  # in all processes alike
         stop_diverged(epoch, first + len(batches), args)
     means = distributed.average(weighted_mean(torch.stack(watched), [len(batches[i]) for i in to_watch]))
     return dict(zip(TRAINING, [loss.item(), *means.tolist()], strict=True))

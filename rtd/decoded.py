@@ -32,7 +32,7 @@ def cached(cache, files, size, make, labels=()):
             with np.load(cache, allow_pickle=False) as stored:
                 if str(stored["fingerprint"]) == fingerprint:
                     return Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
             pass  # a damaged cache is made anew
     split = make()
     try:

@@ -9,6 +9,7 @@ from rtd.errors import Diverged, InputError
 from rtd.runs import best_and_final
 
 SWEPT = ("dataset", "encoder", "norm", "bottleneck", "out_dim", "subset", "lr", "alpha", "seed")
+PRODUCTS = ("summary.csv", "sweep.png", "dynamics.png", "curves.png")  # in --out itself
 DIVERGED = "diverged.txt"  # in a run's folder: why it is not in the summary
 ONLY_FINAL = ("kl", "distance_encoder", "distance_head", "distance_total")
 
@@ -44,14 +45,23 @@ def label(value):
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
-def check_folders(args, planned):
+def check_folders(args, planned, several):
     """Refuse, before the first run, folders that hold something already; with --resume or --overwrite that is meant."""
     if (args.out / "config.json").exists():
         raise InputError(f"--out {args.out} holds a single run; give a sweep another folder")
-    used = [run.out for run in planned if run.out.is_dir() and any(run.out.iterdir())]
-    used += [path for path in (args.out / "summary.csv",) if path.exists()]
+    summary = args.out / "summary.csv"
+    used = [path for path in (*(run.out for run in planned), summary) if path.is_file() or path.is_dir() and any(path.iterdir())]
     if used and not (args.resume or args.overwrite):
         raise InputError(f"--out {args.out} holds {used[0].name} already: --resume continues the sweep, --overwrite starts again")
+    names = [name for name in several if name != "seed"]
+    if args.resume and summary.exists() and (rows := logs.read_csv(summary)):
+        over = list(rows[0])[: list(rows[0]).index("quantity")] if "quantity" in rows[0] else None
+        if over != names:
+            raise InputError(f"--resume: {summary} is of a sweep over other flags than {names or ['seed']}; give another --out")
+    distributed.barrier()  # all have looked before the main process deletes, or anyone begins
+    if args.overwrite and distributed.is_main():
+        for product in PRODUCTS:
+            (args.out / product).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -61,12 +71,12 @@ def noting_divergence(folder):
     try:
         yield
     except Diverged as error:
-        if distributed.world_size() > 1:  # others are at this run too, and may wait for this process
-            raise
         cli.say(error)
-        note.write_text(f"{error}\n")
+        if distributed.is_main():
+            note.write_text(f"{error}\n")
     else:
-        note.unlink(missing_ok=True)
+        if distributed.is_main():
+            note.unlink(missing_ok=True)
 
 
 def split_off_diverged(planned):
@@ -101,9 +111,9 @@ def summarize(path, runs, several, probed):
                 mean, std = logs.mean_and_std([best_and_final(rows, column)[i] for rows in tables])
                 summary.append(setting | {"quantity": column, "epoch": when, "mean": mean, "std": std, "n": len(tables)})
     logs.CsvLog(path, (*names, "quantity", "epoch", "mean", "std", "n")).start(summary)
-    cli.say(f"\n{path}: mean and standard deviation over {len(next(iter(found.values())))} seeds")
+    cli.say(f"\n{path}: mean and standard deviation over n seeds")
     for row in summary:
         if row["quantity"].startswith("student"):
             spread = "" if row["std"] is None else f" +- {row['std']:.2f}"
             setting = "".join(f"{name} {row[name]:<10} " for name in names)
-            cli.say(f"  {setting}{row['quantity']:<15} {row['epoch']:<6} {row['mean']:6.2f}{spread}")
+            cli.say(f"  {setting}{row['quantity']:<15} {row['epoch']:<6} {row['mean']:6.2f}{spread} (n = {row['n']})")

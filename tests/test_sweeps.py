@@ -86,6 +86,13 @@ def test_a_run_that_diverges_does_not_end_the_sweep(script, tmp_path):
         assert "not finite" in (tmp_path / "sweep" / "lr1e+30" / "diverged.txt").read_text()
 
 
+def test_overwriting_deletes_the_old_summary(script, tmp_path):
+    flags = [*TINY, "--epochs", 1, "--out", tmp_path / "sweep"]
+    assert script("run_distill", *flags, "--lr", 0.001, 0.002).code == 0
+    assert script("run_distill", *flags, "--lr", 1e30, 1e29, "--overwrite").code == 1
+    assert not (tmp_path / "sweep" / "summary.csv").exists()
+
+
 def test_a_used_folder_is_refused_before_the_first_run(script, sweep, tiny_run, tmp_path):
     before = (sweep / "summary.csv").read_bytes()
     result = script("run_distill", *TINY, "--epochs", 2, "--lr", 0.1, 0.2, "--out", sweep)
@@ -94,6 +101,8 @@ def test_a_used_folder_is_refused_before_the_first_run(script, sweep, tiny_run, 
     for flag in ("--resume", "--overwrite"):
         result = script("run_distill", *SWEEP, "--out", tiny_run, flag)
         assert result.code == 2 and "holds a single run; give a sweep another folder" in result.err
+    result = script("run_distill", *TINY, "--epochs", 2, "--norm", "batch", "none", "--out", sweep, "--resume")
+    assert result.code == 2 and "is of a sweep over other flags than ['norm']" in result.err
     shutil.copytree(sweep / FOLDERS[3], tmp_path / FOLDERS[3])
     result = script("run_distill", *SWEEP, "--out", tmp_path)
     assert result.code == 2 and f"holds {FOLDERS[3]} already" in result.err
