@@ -143,12 +143,12 @@ def test_a_small_kl_keeps_its_digits(generator):
     z_t, weight_t, z, weight = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (3, 2**16, 3, 2**16))
     z, weight = F.normalize(z_t + 1e-3 * z), F.normalize(weight_t + 1e-3 * weight)
     z_t, weight_t = F.normalize(z_t), F.normalize(weight_t)
-    for rise in (0.0, 0.01):
+    for rise, tolerance in ((0.0, 5e-5), (0.01, 5e-4)):  # the rise is 100 times the KL before it is taken off
         moved = weight + rise * z.mean(0)
         truth = losses.kl_divergence(z @ moved.T, z_t @ weight_t.T).sum().item()
         assert 1e-9 < truth < 1e-4
         single = [x.float() for x in (z, moved, z_t, weight_t)]
-        assert divergences(*single, *teacher_side(*single[2:]))[0].item() == pytest.approx(truth, rel=1e-4)
+        assert divergences(*single, *teacher_side(*single[2:]))[0].item() == pytest.approx(truth, rel=tolerance)
 
 
 def test_recomputed_batch_norm_sees_all_classes_in_each_batch(data):

@@ -90,7 +90,9 @@ def fig_1():
     reached = f"{spread('fig1', 'student_linear')}, final {spread('fig1', 'student_linear', 'final')}"
     large = f"{last('cifar10-10k/log.csv', 'teacher_linear'):.1f} -> {best('cifar10-10k/log.csv', 'student_linear'):.1f}"
     resnet = f"{last('fig1/resnet18.csv', 'teacher_linear'):.1f} -> {best('fig1/resnet18.csv', 'student_linear'):.1f}"
-    return f"{mean('fig1', 'teacher_linear')} -> {reached}; 10,000 images: {large}; ResNet18, 2,000 images: {resnet}; {full_size()}"
+    return (
+        f"{mean('fig1', 'teacher_linear')} -> {reached}; 10,000 images: {large}; ResNet18, 2,000 images: {resnet}; {full_size()}"
+    )
 
 
 def fig_4():
