@@ -24,6 +24,17 @@ from rtd.errors import InputError
 from rtd.init import random_stream
 
 CIFAR_CONSTANTS = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # mean and std; CIFAR-10's, which the paper uses for both
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
 PUBLISHED = {  # torchvision's class, what it expects in --data-dir, number of classes, normalisation
     "cifar10": ("CIFAR10", "cifar-10-batches-py with data_batch_1 to data_batch_5 and test_batch", 10, CIFAR_CONSTANTS),
     "cifar100": ("CIFAR100", "cifar-100-python with train, test and meta", 100, CIFAR_CONSTANTS),
@@ -106,7 +117,7 @@ def _npz_array(path, key, shape):
             if tuple(rest) != shape or fortran or dtype.kind not in "ui":
                 raise ValueError(f"{key} is of shape {(rows, *rest)} and type {dtype}")
             yield file, rows, dtype
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError) as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is damaged or not a part of CIFAR-5M ({reason}); fetch it again") from error
 

@@ -32,8 +32,8 @@ def cached(cache, files, size, make, labels=()):
             with np.load(cache, allow_pickle=False) as stored:
                 if str(stored["fingerprint"]) == fingerprint:
                     return Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
-        except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
-            pass  # a damaged cache is made anew
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+            pass  # these are what a changed byte raises, somewhere in the file: a damaged cache is made anew
     split = make()
     try:
         with atomic_write(cache) as file:

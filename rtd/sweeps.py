@@ -41,8 +41,7 @@ def label(value):
     """A value of a flag as short text: None, which is what no flag gives, as "default"."""
     if value is None:
         return "default"
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return short if not isinstance(value, float) or float(short) == value else repr(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def check_folders(args, planned, several):

@@ -161,3 +161,19 @@ def test_unlabelled_images_are_resized_once(tmp_path, cifar10, monkeypatch):
     assert first.train.images.shape == (12, 3, 32, 32)
     assert first.train.labels.tolist() == [-1] * 12
     assert first.test is cifar10.test
+
+
+def test_whichever_byte_of_a_part_is_changed_the_file_is_named_or_its_rows_are_read(tmp_path):
+    """Of a small one: most of its bytes are the zip's and numpy's headers, each with an exception of its own."""
+    part = tmp_path / "part.npz"
+    np.savez(part, Y=np.array([3, 1]))
+    whole, refused = part.read_bytes(), 0
+    for i, byte in enumerate(whole):
+        for changed in {byte ^ 255, byte ^ 1, 14}:  # 14: a way of compression
+            part.write_bytes(whole[:i] + bytes([changed]) + whole[i + 1 :])
+            try:
+                datasets._read_npz(part, "Y", np.empty(2, np.int64))
+            except InputError as error:
+                assert str(part) in str(error)
+                refused += 1
+    assert refused > 100

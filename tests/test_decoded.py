@@ -54,6 +54,20 @@ def test_folder_is_decoded_once_and_again_when_a_file_changes(tree, monkeypatch)
         assert torch.equal(load_dataset("folder", tree).train.images, first.train.images)
 
 
+def test_whichever_byte_of_a_cache_is_changed_it_is_made_anew(tmp_path):
+    """Of a small one: most of its bytes are the zip's and numpy's headers, each with an exception of its own."""
+    split = decoded.Split(torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4), torch.tensor([1]))
+    source, cache = tmp_path / "source", tmp_path / "cache.npz"
+    source.touch()
+    decoded.cached(cache, [source], 4, lambda: split)
+    whole = cache.read_bytes()
+    for i, byte in enumerate(whole):
+        for changed in {byte ^ 255, byte ^ 1}:
+            cache.write_bytes(whole[:i] + bytes([changed]) + whole[i + 1 :])
+            found = decoded.cached(cache, [source], 4, lambda: split)
+            assert torch.equal(found.images, split.images) and torch.equal(found.labels, split.labels), i
+
+
 def test_a_cache_with_a_pickle_in_it_is_not_opened(tree):
     load_dataset("folder", tree)
     marker = tree / "executed"
