@@ -16,6 +16,7 @@ import hashlib
 
 import torch
 
+from rtd import stopping
 from rtd.errors import InputError
 from rtd.files import atomic_write
 from rtd.models import ENCODERS, build_network, materialize
@@ -28,8 +29,11 @@ KEYS = {"format", "model", "teacher", "student", "student_init", "data", "epoch"
 
 def save_state(path, state, format):
     """Write the dict ``state`` to ``path``, marked as ``format``: whole or not at all."""
-    with atomic_write(path) as file:  # a file object, not a path: torch would store the temporary's name
-        torch.save({"format": format, **state}, file)
+    with stopping.finishing(), atomic_write(path) as file:  # a file object: of a path, torch would store the temporary's name
+        try:
+            torch.save({"format": format, **state}, file)
+        except RuntimeError as error:  # torch closes what it was writing, which fails too and hides why: a full disk, say
+            raise error.__context__ or error from None
 
 
 def load_state(path, format, keys, of, mmap=True):

@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -211,27 +210,23 @@ def draw(args, plot, path, *arguments):
 def run(main, args):
     """Call main(args); turn bad input, a diverged loss, a failing write and signals into one sentence and an exit code.
 
-    2: bad input, or a file that cannot be written; 1: the loss is not finite; 130: Ctrl-C; 143: SIGTERM, a cluster's
-    warning before it kills (``rtd.stopping``). All results up to the last checkpoint stand in any case.
+    2: bad input, or a file that cannot be written; 1: the loss is not finite; 130: Ctrl-C; 143: SIGTERM
+    (``rtd.stopping``). All results up to the last checkpoint stand in any case.
     """
     script = os.path.basename(sys.argv[0])
-    before = signal.signal(signal.SIGTERM, stopping.on_sigterm)
     try:
-        main(args)
+        with stopping.on_signals():
+            main(args)
     except InputError as error:
         code, message = 2, error
     except Diverged as error:
         code, message = 1, error
     except OSError as error:
         code, message = 2, f"{error.filename or 'a file'}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted; --resume continues from the last checkpoint"
-    except stopping.Terminated:
-        code, message = 143, "terminated; --resume continues from the last checkpoint"
+    except stopping.Stopped as stop:
+        code, message = 128 + stop.number, "stopped; --resume continues from the last checkpoint"
     else:
         return
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if distributed.is_main():
         print(f"{script}: error: {message}", file=sys.stderr)
     sys.exit(code)

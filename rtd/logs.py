@@ -41,10 +41,14 @@ class CsvLog:
         """Add one row (a dict with exactly the columns), on the disk when this returns."""
         if set(row) != set(self.fields):
             raise ValueError(f"row does not have the columns of {self.path}: {sorted(set(row) ^ set(self.fields))}")
-        with open(self.path, "a") as file:
-            csv.writer(file, lineterminator="\n").writerow([format_value(row[field]) for field in self.fields])
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a") as file:
+                csv.writer(file, lineterminator="\n").writerow([format_value(row[field]) for field in self.fields])
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def cut(self, last, column="epoch"):
         """Keep the rows up to the epoch ``last``, or whatever ``column`` counts; InputError unless those are 0 to ``last``."""

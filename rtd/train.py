@@ -71,7 +71,7 @@ class Trainer:
     def run_epoch(self):
         """Train for an epoch, then test: one more of ``accuracies``. Raises Diverged for a loss that is not finite.
 
-        ``Terminated(between_steps=True)`` leaves a ``state`` from which the epoch goes on where it stopped.
+        ``Stopped`` between steps leaves a ``state`` from which the epoch goes on where it stopped.
         """
         began = time.perf_counter()
         self.train_epoch()

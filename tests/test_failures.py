@@ -1,6 +1,11 @@
 """What goes wrong around a run, through no fault of its flags: a loss that diverges, a full disk, a broken installation."""
 
+import errno
+import io
+import itertools
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +35,8 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(script, tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["log.csv", "checkpoint.pt", "config.json"])
-def test_a_full_disk_stops_in_a_sentence_and_loses_nothing(script, tiny_run, tmp_path, monkeypatch, failing):
-    """Writing fails as on a full disk (ENOSPC); what stood before still does, and --resume ends as an unbroken run."""
+def test_a_failing_disk_stops_in_a_sentence_and_loses_nothing(script, tiny_run, tmp_path, monkeypatch, failing):
+    """The disk does not take what it is given; what stood before still does, and --resume ends as an unbroken run."""
     if failing != "config.json":
         assert script("run_distill", *TINY, "--epochs", 2, "--out", tmp_path / "run").code == 0
     good = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*")}
@@ -39,7 +44,7 @@ def test_a_full_disk_stops_in_a_sentence_and_loses_nothing(script, tiny_run, tmp
 
     def full(descriptor):
         if failing in os.readlink(f"/proc/self/fd/{descriptor}"):
-            raise OSError(28, "No space left on device", failing)
+            raise OSError(errno.ENOSPC, "No space left on device")
         return real(descriptor)
 
     if not Path("/proc/self/fd").is_dir():
@@ -48,15 +53,62 @@ def test_a_full_disk_stops_in_a_sentence_and_loses_nothing(script, tiny_run, tmp
         monkeypatch.setattr(module.os, "fsync", full)
     flags = [*TINY, "--epochs", 5, "--out", tmp_path / "run", "--resume"]
     result = script("run_distill", *flags)
-    assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "No space left on device" in result.err
+    assert_names(result, tmp_path / "run" / failing, "No space left on device")
     if failing == "checkpoint.pt":
         assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good["checkpoint.pt"]
-    assert not list((tmp_path / "run").glob(".*.tmp"))
     monkeypatch.undo()
+    assert_resumes(script, flags, tiny_run)
+
+
+def assert_names(result, path, reason):
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert str(path) in result.err and reason in result.err
+    assert not list(path.parent.glob(".*.tmp"))
+
+
+def assert_resumes(script, flags, unbroken):
     assert script("run_distill", *flags).code == 0
-    ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True)["student"] for f in (tmp_path / "run", tiny_run))
+    ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True)["student"] for f in (flags[-2], unbroken))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_disk_that_is_full_within_a_checkpoint(script, tiny_run, tmp_path):
+    """A write in the midst of torch.save fails: here at the process's limit of a file's size, which Python takes as an error."""
+    flags = [*TINY, "--epochs", 5, "--out", tmp_path / "run", "--resume"]
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        result = script("run_distill", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    assert_names(result, tmp_path / "run" / "checkpoint.pt", "File too large")
+    assert_resumes(script, flags, tiny_run)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_within_a_checkpoint(script, tiny_run, tmp_path, monkeypatch, signals, number, code):
+    """What is being written is finished first; a second signal leaves the checkpoint that stood before."""
+    flags = [*TINY, "--epochs", 5, "--out", tmp_path / "run", "--resume"]
+    assert script("run_distill", *flags[:-1], "--epochs", 1).code == 0
+    calls = itertools.count()
+
+    class Signalling(io.BufferedWriter):
+        def write(self, data):
+            if next(calls) in range(5, 5 + signals):
+                os.kill(os.getpid(), number)
+            return super().write(data)
+
+    def opened(path, mode):
+        return Signalling(io.FileIO(path, "w")) if ".checkpoint.pt" in path.name else io.open(path, mode)
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    result = script("run_distill", *flags)
+    assert (result.code, result.err.count("\n")) == (code, 1), result.err
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == (2 if signals == 1 else 1)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert_resumes(script, flags, tiny_run)
 
 
 def test_a_torchvision_of_another_torch_is_named(tmp_path):

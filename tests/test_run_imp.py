@@ -165,7 +165,7 @@ def stop_in_epoch(monkeypatch, number):
     def interrupted(trainer):
         loss = train_epoch(trainer)
         if next(epochs) == number:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return loss
 
     monkeypatch.setattr(Trainer, "train_epoch", interrupted)
