@@ -288,11 +288,11 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
         images = normalize(data.train.images[mine], data.mean, data.std)
         diagnostics = i in to_watch
         precision = "fp32" if step < args.fp32_steps else args.precision
+        optimizer.zero_grad()
         result = trained(images, mine, diagnostics, precision, data.train.labels[mine])
         loss = factor * result.loss
         if device.type == "cpu" and distributed.world_size() == 1 and not torch.isfinite(loss):
             stop_diverged(epoch, step + 1, args)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # of the student alone
         if args.ema:

@@ -19,7 +19,7 @@ from rtd.data import normalize
 from rtd.device import autocast
 from rtd.errors import InputError
 from rtd.init import init_network_, random_stream
-from rtd.last_layer import LastLayerLoss, last_layer_loss, output_log_mean_exp
+from rtd.last_layer import LastLayerLoss, Workspace, last_layer_loss, output_log_mean_exp
 from rtd.models import build_network, materialize
 
 
@@ -116,7 +116,7 @@ class Distiller(nn.Module):
         self.temperature, self.beta = temperature, beta
         self._teacher = teacher
         self._bottleneck = torch.compile(student.bottleneck) if compiled else student.bottleneck
-        self._workspace = None
+        self._workspace = Workspace()
 
     def forward(self, images, index, diagnostics=False, precision=None, labels=None):
         """images: (B, 3, H, W) normalised; index: (B,) which of the teacher's images they are -> ``LastLayerLoss``.
@@ -128,8 +128,6 @@ class Distiller(nn.Module):
             z = self._bottleneck(images) / self.temperature  # (B, K)
         last = self.student.head.l2_bottleneck
         weight = last.last_layer.weight
-        if self._workspace is None or self._workspace.numel() < len(weight) * len(z):
-            self._workspace = z.new_empty(len(weight) * len(z))
         result = last_layer_loss(
             z,
             weight,
@@ -138,7 +136,7 @@ class Distiller(nn.Module):
             weight_norm=last.weight_norm,
             dtype=torch.bfloat16 if precision == "bf16" else None,
             diagnostics=diagnostics,
-            workspace=self._workspace,
+            workspace=self._workspace if weight.grad is None else None,  # a gradient that is still there lies in it
         )
         if self.beta:
             labelled = F.cross_entropy(F.linear(z, last.normalized_weight()), labels)

@@ -39,10 +39,26 @@ def _blocks(rows, device):
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+class Workspace:
+    """Memory for large tensors that one call leaves to the next: getting it afresh costs more than filling it."""
+
+    def __init__(self):
+        self._buffers = {}
+
+    def empty(self, name, shape, like):
+        """An uninitialised tensor of dtype and device of ``like``, in the same memory as the last one of this name."""
+        size, buffer = math.prod(shape), self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
 def _by_convolution(a, b):
     """Whether to form a product as a 1x1 convolution. On CPUs oneDNN does those with vectors as wide as the processor has,
-    float32 products of matrices go to MKL, which on some makes of processor uses half of that and takes twice as long."""
-    return torch.backends.mkldnn.is_available() and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
+    float32 products of matrices go to MKL, which on some processors with AVX-512 uses half of that and takes twice as long."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or b.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def _image(rows):
@@ -109,13 +125,12 @@ def _unit_rows(weight, norm, rows, out):
 def _forward_backward(z, weight, z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, workspace, with_grad):
     """Loss, diagnostics, dloss/dz and dloss/dweight; see ``last_layer_loss`` for the arguments.
 
-    Each pass works in place on two or three blocks, allocated once: fresh memory costs more here than arithmetic.
+    Each pass works in place on two or three blocks, allocated once.
     """
     m, batch = len(weight), len(z)
     blocks = _blocks(m, z.device)
     norm = weight.norm(dim=1, keepdim=True).clamp_min_(1e-12) if weight_norm else None  # F.normalize's eps
-    logits = z.new_empty(m * batch) if workspace is None else workspace[: m * batch]
-    logits = logits.view(m, batch)
+    logits = workspace.empty("logits", (m, batch), z)
     block_a, block_b = z.new_empty(2, blocks[0].stop, batch)
     block_unit = z.new_empty(blocks[0].stop, z.shape[1])
 
@@ -128,7 +143,7 @@ def _forward_backward(z, weight, z_t, weight_t, lme_t, kind, weight_norm, dtype,
     scale = (2 if kind == "mse" else 1) / (m * batch)
     scaled_z = (z * scale).to(dtype)
     grad_z = torch.zeros_like(z) if with_grad else None
-    grad_weight = torch.empty_like(weight) if with_grad else None
+    grad_weight = workspace.empty("gradient", weight.shape, weight) if with_grad else None
     value = torch.zeros_like(lme)  # of each image: sum over outputs of m p_t s (ce), m p_t phi (kl), (s - t)^2 (mse)
     kl, inner_t, inner_s = torch.zeros_like(lme), torch.zeros_like(lme), torch.zeros_like(lme)
     for rows in blocks:
@@ -203,7 +218,8 @@ def last_layer_loss(
     z, z_t: (B, K) bottleneck vectors of student and teacher. weight: (m, K) the student's raw last layer, normalised here
     unless ``weight_norm`` is False. weight_t: (m, K) the teacher's, normalised already (``L2Bottleneck.normalized_weight``).
     lme_t: (B,) the teacher's ``output_log_mean_exp`` where it is known. kind: "ce", "kl" or "mse" (``rtd.losses``).
-    dtype: in which the products with the weights are formed, by default z's; everything else is in z's dtype.
+    dtype: in which the products with the weights are formed, by default z's; everything else is in z's dtype. workspace: a
+    ``Workspace`` to reuse, in which the weight's gradient will lie: it must have been used before the next call.
 
     Returns a ``LastLayerLoss``. Backward may be called once (the weight's gradient is handed out without a copy).
     """
@@ -212,7 +228,7 @@ def last_layer_loss(
     dtype = dtype or z.dtype
     if lme_t is None:
         lme_t = output_log_mean_exp(z_t, weight_t, dtype)
-    arguments = (z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, workspace)
+    arguments = (z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, workspace or Workspace())
     with torch.autocast(z.device.type, enabled=False):
         if torch.is_grad_enabled():
             return LastLayerLoss(*_Function.apply(z, weight, *arguments))

@@ -96,9 +96,8 @@ def our_step(args, device, data, precision="fp32"):
     index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: args.batch_size].to(device)
 
     def step():
-        loss = distiller(normalize(data.train.images[index], MEAN, STD), index).loss
         optimizer.zero_grad()
-        loss.backward()
+        distiller(normalize(data.train.images[index], MEAN, STD), index).loss.backward()
         optimizer.step()
 
     return step
