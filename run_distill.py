@@ -159,7 +159,7 @@ def distill(args, device):
     init_student_(student, teacher, args.alpha)
     student_init = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     student.to(device)
-    cli.say(f"{args.encoder} with head: {parameter_count(student) / 1e6:.1f}M parameters; {describe(device)}, {args.precision}")
+    cli.say(f"{args.encoder} with head: {parameter_count(student) / 1e6:.1f}M parameters; {describe(device, args.precision)}")
 
     optimizer = torch.optim.AdamW(
         [

@@ -68,7 +68,7 @@ def main(args):
         runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, {s.spec: s.sha256 for s in starts if s.sha256})
         cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
         encoder = starts[0].architecture["encoder"]
-        cli.say(f"{encoder}; {describe(device)}, {args.precision}")
+        cli.say(f"{encoder}; {describe(device, args.precision)}")
         data = data.to(device)
 
         chains = [

@@ -110,7 +110,7 @@ def main(args):
         grid = make_grid(args, plane)
         reads = {getattr(args, axis): checkpoint.sha256(path_of(getattr(args, axis))) for axis in AXES}
         continued = runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, reads)
-        cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images; {describe(device)}, {args.precision}")
+        cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images; {describe(device, args.precision)}")
 
         landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)
         done, log = open_log(args.out, grid, continued)

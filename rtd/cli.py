@@ -111,7 +111,7 @@ def add_device_flags(parser):
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="bf16 runs convolutions and matrix products in bfloat16: about twice as fast where the hardware has it",
+        help="bf16 runs convolutions and matrix products in bfloat16: twice as fast on hardware that has it, else far slower",
     )
     group.add_argument("--deterministic", action="store_true", help="the same bits on every run on a GPU too; slower there")
 

@@ -42,8 +42,16 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def describe(device):
-    """A few words on the device, for logs."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}"
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+def lacks_bf16(device):
+    """Whether it is a CPU without instructions for bf16, which emulates its products in many times what fp32 takes."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def describe(device, precision):
+    """A few words on how a run computes, for logs."""
+    words = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":
+        words += f", {torch.get_num_threads()} threads"
+    if precision == "bf16" and lacks_bf16(device):
+        precision += " (this processor has no instructions for it: fp32 would be many times as fast)"
+    return f"{words}, {precision}"

@@ -43,6 +43,7 @@ class Workspace:
     """Memory for large tensors that one call leaves to the next: getting it afresh costs more than filling it."""
 
     def __init__(self):
+        self.turn = 0  # of how many gradients it has held
         self._buffers = {}
 
     def empty(self, name, shape, like):
@@ -189,6 +190,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, weight, *arguments):
+        ctx.workspace = arguments[-1]
+        ctx.workspace.turn = ctx.turn = ctx.workspace.turn + 1
         result, grad_z, grad_weight = _forward_backward(z, weight, *arguments, with_grad=True)
         ctx.gradients = grad_z, grad_weight  # not save_for_backward: autograd may then take them over without a copy
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
@@ -196,6 +199,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        if ctx.turn != ctx.workspace.turn:
+            raise RuntimeError("another loss was computed in the same workspace before this one's backward: call that first")
         grad_z, grad_weight = ctx.gradients
         del ctx.gradients
         return (grad_z.mul_(grad_loss), grad_weight.mul_(grad_loss)) + (None,) * 8
@@ -219,9 +224,10 @@ def last_layer_loss(
     unless ``weight_norm`` is False. weight_t: (m, K) the teacher's, normalised already (``L2Bottleneck.normalized_weight``).
     lme_t: (B,) the teacher's ``output_log_mean_exp`` where it is known. kind: "ce", "kl" or "mse" (``rtd.losses``).
     dtype: in which the products with the weights are formed, by default z's; everything else is in z's dtype. workspace: a
-    ``Workspace`` to reuse, in which the weight's gradient will lie: it must have been used before the next call.
+    ``Workspace`` to reuse, in which the weight's gradient will lie, so that the next call with it overwrites that.
 
-    Returns a ``LastLayerLoss``. Backward may be called once (the weight's gradient is handed out without a copy).
+    Returns a ``LastLayerLoss``. Backward may be called once (the weight's gradient is handed out without a copy), and, with a
+    workspace, before the next call: else it raises RuntimeError.
     """
     if kind not in LOSSES:
         raise ValueError(f"kind must be one of {LOSSES}, not {kind!r}")

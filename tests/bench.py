@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rtd import pruning  # noqa: E402
 from rtd.classifier import build_classifier, load_starts  # noqa: E402
 from rtd.data import Dataset, Split, normalize  # noqa: E402
-from rtd.device import autocast, describe, pick_device  # noqa: E402
+from rtd.device import autocast, describe, lacks_bf16, pick_device  # noqa: E402
 from rtd.distill import Distiller, FrozenTeacher  # noqa: E402
 from rtd.init import init_network_, init_student_  # noqa: E402
 from rtd.interpolation import Plane  # noqa: E402
@@ -138,7 +138,8 @@ STEPS = {
 
 def bench_step(args, device):
     data = some_data(2 * args.batch_size, args.batch_size, device)
-    rows = {name: make(args, device, data, precision) for name, (make, precision) in STEPS.items()}
+    precisions = ("fp32",) if lacks_bf16(device) else ("fp32", "bf16")
+    rows = {name: make(args, device, data, precision) for name, (make, precision) in STEPS.items() if precision in precisions}
     seconds = medians(rows, args.rounds, device)
     bare, plain = seconds["bare encoder, forward + backward"], seconds["plain step"]
     print("| | ms | x bare | plain / this | images/s |\n|---|---:|---:|---:|---:|")
@@ -301,7 +302,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile the student in our step")
     args = parser.parse_args()
     device = pick_device(args.device)
-    print(f"{describe(device)} ({platform.machine()}, {os.cpu_count()} cores), torch {torch.__version__}, {args.rounds} rounds")
+    print(f"{describe(device, platform.machine())}, {os.cpu_count()} cores, torch {torch.__version__}, {args.rounds} rounds")
     for encoder in args.encoder:
         one = argparse.Namespace(**{**vars(args), "encoder": encoder})
         for name in args.only:

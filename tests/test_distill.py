@@ -55,6 +55,27 @@ def test_cached_step_is_the_plain_step(generator, dtype, tolerance, bottleneck):
         assert error < (100 * tolerance if dtype == torch.float32 else 10 * tolerance), name
 
 
+def test_gradients_add_up_over_batches_and_are_not_confused(generator):
+    """The last layer's gradient lies in memory that the next step uses again, unless it is still there."""
+    teacher, student = pair("resnet20")
+    images = some_images(12, generator)
+    distiller = Distiller(student.eval(), FrozenTeacher(teacher, images, MEAN, STD))
+    weight = student.head.l2_bottleneck.last_layer.weight
+    batches, single = torch.arange(12).split(6), []
+    for index in batches:
+        student.zero_grad()
+        distiller(normalize(images[index], MEAN, STD), index).loss.backward()
+        single.append(weight.grad.clone())
+    student.zero_grad()
+    for index in batches:
+        distiller(normalize(images[index], MEAN, STD), index).loss.backward()
+    torch.testing.assert_close(weight.grad, single[0] + single[1])
+    student.zero_grad()
+    losses = [distiller(normalize(images[index], MEAN, STD), index).loss for index in batches]
+    with pytest.raises(RuntimeError, match="same workspace"):
+        losses[0].backward()
+
+
 def test_fifty_steps_from_alpha_05_end_at_the_plain_loss(generator):
     teacher, student = pair()
     twin = copy.deepcopy(student)

@@ -139,6 +139,13 @@ def without(flags, given):
     return kept
 
 
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_without_instructions_for_it_is_said(script, tmp_path, monkeypatch, capability, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    result = script("run_distill", *TINY, "--epochs", 0, "--probe", "none", "--precision", "bf16", "--out", tmp_path / "run")
+    assert result.code == 0 and ("no instructions for it" in result.out) == warned
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("name", ["run_distill", "run_probe"])
 def test_no_gpu_where_one_is_asked_for(script, tiny_run, tmp_path, name):
