@@ -1,11 +1,14 @@
 """Shared by all tests: small runs, and the scripts' command lines in this process."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tests run in two processes, and their runs are small
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
