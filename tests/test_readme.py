@@ -263,6 +263,12 @@ def untrained(name, title, paper):
     return f"| {title} | {row[f'{who}_linear']:.2f} | {paper[0]} | {row[f'{who}_knn']:.2f} | {paper[1]} |"
 
 
+def digits():
+    rows = {row["quantity"]: row for row in read_csv(RESULTS / "digits-summary.csv") if row["epoch"] == "final"}
+    teacher, student = (rows[f"{who}_linear"] for who in ("teacher", "student"))
+    return f"linear probe {teacher['mean']:.1f} -> {student['mean']:.1f} +- {student['std']:.1f}, mean of three"
+
+
 def resnets():
     linear = {}
     for row in read_csv(RESULTS / "cifar10-untrained/resnet18-seeds.csv"):
@@ -287,6 +293,7 @@ LARGE = "cifar10-10k/log.csv"
         lambda: untrained("vgg11", "VGG11", ("36.55", "44.92")),
         lambda: untrained("resnet18", "ResNet18", ("35.50", "37.65")),
         resnets,
+        digits,
         lambda: untrained("vgg11", "pixels", ("39.02", "33.61")),
     ],
 )
