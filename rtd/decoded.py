@@ -1,5 +1,6 @@
 """Image files, decoded and resized once into a cache: any tree of class folders, and TinyImageNet as it is published."""
 
+import contextlib
 import hashlib
 import warnings
 import zipfile
@@ -28,12 +29,12 @@ def cached(cache, files, size, make, labels=()):
     stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     fingerprint = hashlib.sha256("\n".join([str(size), *stamps, *map(str, labels)]).encode()).hexdigest()
     if cache.exists():
-        try:
+        with contextlib.suppress(Exception):  # whatever a changed byte somewhere raises: a damaged cache is made anew
+            with zipfile.ZipFile(cache) as archive:
+                whole = archive.testzip() is None  # by checksums, which numpy does not see to where headers lie
             with np.load(cache, allow_pickle=False) as stored:
-                if str(stored["fingerprint"]) == fingerprint:
+                if whole and str(stored["fingerprint"]) == fingerprint:
                     return Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
-            pass  # these are what a changed byte raises, somewhere in the file: a damaged cache is made anew
     split = make()
     try:
         with atomic_write(cache) as file:
@@ -65,6 +66,8 @@ def _decode(path, size):
     """A (3, size, size) uint8 tensor: shorter side to ``size`` with antialiasing, then the centre."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise InputError(f"--data-dir: {path} has more than 8 bits a channel; convert it to 8")
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises, by format
         raise InputError(f"--data-dir: {path} does not decode as an image ({error})") from error
@@ -104,6 +107,13 @@ def load_folder(data_dir, size):
     return Dataset("folder", train, test, len(classes), *channel_statistics(train.images))
 
 
+def _text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is damaged: it is not a text file ({error}); unpack it again") from error
+
+
 def load_tinyimagenet(data_dir, size):
     """TinyImageNet as its archive unpacks: train/<wnid>/images, val/images and val/val_annotations.txt (the test split).
 
@@ -120,13 +130,13 @@ def load_tinyimagenet(data_dir, size):
                 "http://cs231n.stanford.edu/tiny-imagenet-200.zip unpacks"
             )
     classes = _class_folders(root / "train")
-    listed = sorted((root / "wnids.txt").read_text().split()) if (root / "wnids.txt").is_file() else classes
+    listed = sorted(_text(root / "wnids.txt").split()) if (root / "wnids.txt").is_file() else classes
     if listed != classes:
         odd = sorted(set(listed) ^ set(classes))[0]
         raise InputError(f"--data-dir {data_dir}: the class {odd} is only in one of {root / 'wnids.txt'} and {root / 'train'}")
     labels = {name: label for label, name in enumerate(classes)}
     held_out = []
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    for number, line in enumerate(_text(annotations).splitlines(), 1):
         cells = line.split("\t")
         if len(cells) < 2 or cells[1] not in labels:
             raise InputError(

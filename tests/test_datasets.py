@@ -1,11 +1,13 @@
 """Published data sets, and the images that are only distilled on: unlabelled STL-10, CIFAR-5M and noise."""
 
 import os
+import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from rtd import datasets
@@ -29,14 +31,14 @@ def test_cifar10_through_torchvision():
 
 
 def test_missing_or_damaged_cifar10_is_named(tmp_path):
-    with pytest.raises(InputError, match="no such folder; --download"):
+    with pytest.raises(InputError, match="nowhere: no complete CIFAR10 here.*batches.meta; --download"):
         load_dataset("cifar10", tmp_path / "nowhere")
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
     with pytest.raises(InputError, match="data_batch_1 is damaged: .*fetch it again"):
         load_dataset("cifar10", tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").unlink()
-    with pytest.raises(InputError, match="data_batch_1 to data_batch_5"):
+    with pytest.raises(InputError, match="data_batch_1 to 5"):
         load_dataset("cifar10", tmp_path)
 
 
@@ -45,7 +47,7 @@ def test_published_sets_are_read_as_torchvision_gives_them(tmp_path, monkeypatch
     """What torchvision's classes hold, which are replaced here: the images of one are channels-last, of the other 96x96."""
     rng = np.random.default_rng(0)
 
-    class Source:
+    class Source(getattr(torchvision.datasets, kind)):
         def __init__(self, root, download=False, **part):
             n = 30 if part in ({"train": True}, {"split": "train"}) else 10
             assert root == tmp_path and part in ({"train": n == 30}, {"split": "train" if n == 30 else "test"})
@@ -64,7 +66,40 @@ def test_published_sets_are_read_as_torchvision_gives_them(tmp_path, monkeypatch
     assert np.abs(loaded.test.images[4].permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
-@pytest.mark.parametrize(("name", "file"), [("cifar100", "cifar-100-python"), ("stl10", "train_X.bin")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (urllib.error.URLError("Name or service not known"), "cannot be fetched .*Name or service not known"),
+        (RuntimeError("File not found or corrupted."), "sent is not what was published .*corrupted"),
+    ],
+)
+def test_a_download_that_fails_names_its_address(tmp_path, monkeypatch, error, said):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
+    with pytest.raises(InputError, match=f"--download.*https://www.cs.toronto.edu/.*{said}"):
+        load_dataset("cifar100", tmp_path, download=True)
+
+
+def test_images_of_another_size_are_resized_once(tmp_path, monkeypatch):
+    class Source(torchvision.datasets.CIFAR100):
+        def __init__(self, root, download=False, train=True):
+            calls.append(train)
+            self.data, self.targets = np.full((4, 32, 32, 3), 50 + train, np.uint8), [1, 2, 3, 4]
+
+    calls = []
+    monkeypatch.setattr(datasets.torchvision.datasets, "CIFAR100", Source)
+    (tmp_path / "cifar-100-python").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "cifar-100-python" / name).write_bytes(b"stands for the images")
+    for _ in range(2):
+        loaded = load_dataset("cifar100", tmp_path, image_size=64)
+        assert loaded.train.images.shape == (4, 3, 64, 64) and (loaded.test.images == 50).all()
+    assert calls == [True, False]
+
+
+@pytest.mark.parametrize(("name", "file"), [("cifar100", "cifar-100-python"), ("stl10", "unlabeled_X.bin")])
 def test_a_missing_published_set_is_named(tmp_path, name, file):
     with pytest.raises(InputError, match=f"{file}.*--download fetches it"):
         load_dataset(name, tmp_path)
@@ -121,6 +156,38 @@ def test_cifar5m_reads_only_what_is_asked_for(cifar10, cifar5m):
         load_dataset("cifar5m", folder, subset=25_061, probed=cifar10)
 
 
+def test_of_a_part_only_the_rows_asked_for_are_read(cifar10, cifar5m, monkeypatch):
+    given, read = [], datasets.zipfile.ZipExtFile.read
+
+    def counted(file, n=-1):
+        given.append(len(data := read(file, n)))
+        return data
+
+    monkeypatch.setattr(datasets.zipfile.ZipExtFile, "read", counted)
+    assert len(load_dataset("cifar5m", cifar5m[0], subset=160, probed=cifar10).train) == 160
+    assert 100 * 3080 <= sum(given) < 100 * 3080 + 5000  # 100 images and labels, and headers; the part has 25,000
+
+
+def test_a_part_that_does_not_fit_the_others_is_named(cifar10, cifar5m):
+    folder, images, labels = cifar5m
+    first, second = (folder / f"cifar5m_part{i}.npz" for i in (0, 1))
+    np.savez(second, X=images[:30], Y=labels[:29])
+    with pytest.raises(InputError, match=r"cifar5m_part1\.npz is damaged: it holds 30 images and 29 labels"):
+        load_dataset("cifar5m", folder, probed=cifar10)
+    np.savez(second, X=images[:30], Y=labels[:30] + 10)
+    with pytest.raises(InputError, match=r"cifar5m_part1\.npz is damaged: a label is not one of"):
+        load_dataset("cifar5m", folder, probed=cifar10)
+    np.savez(second, X=images[:30].astype(np.uint16), Y=labels[:30])
+    with pytest.raises(InputError, match="X is of shape .* and type uint16"):
+        load_dataset("cifar5m", folder, probed=cifar10)
+    second.rename(folder / "cifar5m_part2.npz")  # of parts 0 and 2, the order is not known
+    with pytest.raises(InputError, match=r"up to cifar5m_part0\.npz, have 25060 images"):
+        load_dataset("cifar5m", folder, subset=25_061, probed=cifar10)
+    first.unlink()
+    with pytest.raises(InputError, match="no cifar5m_part0.npz"):
+        load_dataset("cifar5m", folder, subset=100, probed=cifar10)
+
+
 def test_what_is_not_cifar5m_is_named(cifar10, tmp_path):
     with pytest.raises(InputError, match="no cifar5m_part0.npz"):
         load_dataset("cifar5m", tmp_path, subset=100, probed=cifar10)
@@ -146,7 +213,7 @@ def test_noise_is_standard_normal_after_normalisation_and_always_the_same(cifar1
 def test_unlabelled_images_are_resized_once(tmp_path, cifar10, monkeypatch):
     rng = np.random.default_rng(0)
 
-    class Source:
+    class Source(torchvision.datasets.STL10):
         def __init__(self, root, download=False, split="train"):
             calls.append(split)
             self.data, self.labels = rng.integers(0, 256, (12, 3, 96, 96), dtype=np.uint8), np.full(12, -1, np.int8)
@@ -165,15 +232,17 @@ def test_unlabelled_images_are_resized_once(tmp_path, cifar10, monkeypatch):
 
 def test_whichever_byte_of_a_part_is_changed_the_file_is_named_or_its_rows_are_read(tmp_path):
     """Of a small one: most of its bytes are the zip's and numpy's headers, each with an exception of its own."""
-    part = tmp_path / "part.npz"
-    np.savez(part, Y=np.array([3, 1]))
+    part, rows = tmp_path / "part.npz", np.arange(700) % 10
+    np.savez(part, Y=rows)
     whole, refused = part.read_bytes(), 0
-    for i, byte in enumerate(whole):
-        for changed in {byte ^ 255, byte ^ 1, 14}:  # 14: a way of compression
+    for i in [*range(300), *range(300, len(whole) - 200, 97), *range(len(whole) - 200, len(whole))]:
+        for changed in {whole[i] ^ 255, whole[i] ^ 1, 14}:  # 14: a way of compression
             part.write_bytes(whole[:i] + bytes([changed]) + whole[i + 1 :])
+            found = np.empty(700, np.int64)
             try:
-                datasets._read_npz(part, "Y", np.empty(2, np.int64))
+                datasets._read_npz(part, "Y", found)
+                assert (found == rows).all(), i
             except InputError as error:
                 assert str(part) in str(error)
                 refused += 1
-    assert refused > 100
+    assert refused > 300

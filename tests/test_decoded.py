@@ -55,16 +55,16 @@ def test_folder_is_decoded_once_and_again_when_a_file_changes(tree, monkeypatch)
 
 
 def test_whichever_byte_of_a_cache_is_changed_it_is_made_anew(tmp_path):
-    """Of a small one: most of its bytes are the zip's and numpy's headers, each with an exception of its own."""
-    split = decoded.Split(torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4), torch.tensor([1]))
+    """All of the zip's and numpy's headers, each with an exception of its own, and some of the images' bytes."""
+    split = decoded.Split(torch.arange(5880).to(torch.uint8).view(10, 3, 14, 14), torch.arange(10))
     source, cache = tmp_path / "source", tmp_path / "cache.npz"
     source.touch()
-    decoded.cached(cache, [source], 4, lambda: split)
+    decoded.cached(cache, [source], 14, lambda: split)
     whole = cache.read_bytes()
-    for i, byte in enumerate(whole):
-        for changed in {byte ^ 255, byte ^ 1}:
+    for i in [*range(300), *range(300, 5900, 97), *range(5900, len(whole))]:
+        for changed in {whole[i] ^ 255, whole[i] ^ 1}:
             cache.write_bytes(whole[:i] + bytes([changed]) + whole[i + 1 :])
-            found = decoded.cached(cache, [source], 4, lambda: split)
+            found = decoded.cached(cache, [source], 14, lambda: split)
             assert torch.equal(found.images, split.images) and torch.equal(found.labels, split.labels), i
 
 
@@ -85,6 +85,9 @@ def test_a_cache_with_a_pickle_in_it_is_not_opened(tree):
 def test_folder_mistakes_are_named(tree):
     (tree / "train" / "ant" / "2.png").write_bytes(b"not an image")
     with pytest.raises(InputError, match=r"2\.png does not decode"):
+        load_dataset("folder", tree)
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(tree / "train" / "ant" / "2.png")
+    with pytest.raises(InputError, match=r"2\.png has more than 8 bits a channel"):
         load_dataset("folder", tree)
     (tree / "train" / "cat").mkdir()
     with pytest.raises(InputError, match="do not have the same class folders"):
@@ -155,6 +158,9 @@ def test_what_tinyimagenet_lacks_is_named(tiny_imagenet):
     with pytest.raises(InputError, match="val_annotations.txt is missing; .*tiny-imagenet-200.zip"):
         load_dataset("tinyimagenet", tiny_imagenet)
     (root / "val" / "val_annotations.txt").touch()
+    (root / "val" / "val_annotations.txt").write_bytes(b"val_0.JPEG\t\xff\xfe")
+    with pytest.raises(InputError, match="val_annotations.txt is damaged: it is not a text file"):
+        load_dataset("tinyimagenet", tiny_imagenet)
     (root / "wnids.txt").write_text("n01\nn02\nn03\n")
     with pytest.raises(InputError, match="the class n03 is only in one of .*wnids.txt"):
         load_dataset("tinyimagenet", tiny_imagenet)
