@@ -8,12 +8,13 @@ from rtd import distributed
 from rtd.errors import InputError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def pick_device(name, deterministic=False):
     """The torch.device for ``--device``; auto takes CUDA, then MPS, then the CPU. Under torchrun each process its own GPU.
 
+    TF32 is off until ``allow_tf32`` asks for it: torch's own default has it on for convolutions and off for matrix products.
     deterministic: let torch use only algorithms that give the same bits each time, for the whole process. On CPUs all that is
     used here do anyway; on GPUs some faster ones do not.
     """
@@ -27,11 +28,19 @@ def pick_device(name, deterministic=False):
     if not has[name]:
         available = ", ".join(kind for kind in has if has[kind])
         raise InputError(f"--device {name}: torch sees no such device here; available: {available}")
+    allow_tf32("fp32")
     if name == "cuda" and distributed.launched():
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise InputError(f"torchrun: --nproc-per-node must be at most {torch.cuda.device_count()}, the number of GPUs here")
         device = torch.device("cuda", distributed.local_rank())
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
+
+
+def allow_tf32(precision):
+    """From now on, with precision "tf32", let CUDA round the factors of float32 products to TF32's 10 bits; else not."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def autocast(device, precision):

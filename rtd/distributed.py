@@ -140,6 +140,16 @@ def broadcast_object(value):
     return box[0]
 
 
+@contextlib.contextmanager
+def main_first():
+    """The block runs in the main process, then in the others: what one downloads or caches, the others find."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
 def barrier():
     """Wait until every process is here."""
     if world_size() > 1:
