@@ -15,10 +15,12 @@ Each start and rewind epoch is a chain. Writes config.json, imp.csv (a row a rou
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from rtd import checkpoint, cli, distributed, logs, plots, pruning, runs, stopping
 from rtd.classifier import build_classifier, empty_classifier, load_starts
 from rtd.device import describe, pick_device
-from rtd.errors import InputError
+from rtd.errors import Diverged, InputError
 from rtd.init import random_stream
 from rtd.train import Trainer
 
@@ -65,7 +67,8 @@ def main(args):
         data = cli.load_data(args)
         starts = load_starts(args.init, args.encoder, data, args.seed)
         check_rounds(args, starts[0].architecture, data.num_classes)
-        runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, {s.spec: s.sha256 for s in starts if s.sha256})
+        reads = {start.spec: start.sha256 for start in starts if start.sha256} | data.fingerprints()
+        runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, reads)
         cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
         encoder = starts[0].architecture["encoder"]
         cli.say(f"{encoder}; {describe(device, args.precision)}")
@@ -78,14 +81,20 @@ def main(args):
         ]
         table = [path for path, *_ in chains]
         cli.say(f"{'round':>5} {'remaining':>10} {'accuracy':>9} {'best':>7} {'seconds':>8}  start, rewind epoch")
+        diverged = []
         for path, start, rewind_epoch in distributed.units(chains):
-            for row in run_chain(path, start, rewind_epoch, data, args, device):
-                say_row(row)
-                logs.concatenate(args.out / "imp.csv", COLUMNS, table)
+            try:
+                for row in run_chain(path, start, rewind_epoch, data, args, device):
+                    say_row(row)
+                    logs.concatenate(args.out / "imp.csv", COLUMNS, table)
+            except Diverged as error:
+                diverged.append(error)
         if distributed.is_main():
-            logs.concatenate(args.out / "imp.csv", COLUMNS, table)
             kinds = {start.spec: start.kind for start in starts}
-            cli.draw(args, plots.plot_imp, args.out / "imp.png", args.out / "imp.csv", kinds, f"{encoder} on {data.name}")
+            if logs.concatenate(args.out / "imp.csv", COLUMNS, table):
+                cli.draw(args, plots.plot_imp, args.out / "imp.png", args.out / "imp.csv", kinds, f"{encoder} on {data.name}")
+        if diverged:
+            raise Diverged(f"{len(diverged)} of {len(chains)} chains stopped early: {'; '.join(map(str, diverged))}")
 
 
 def check_rounds(args, architecture, num_classes):
@@ -115,12 +124,12 @@ def run_chain(path, start, rewind_epoch, data, args, device):
     resumed = args.resume and saved.exists()
     distributed.barrier()  # all have looked before the main process writes
     if resumed:
-        first, masks, rewind = load_progress(saved, trainer, weights, args)
+        first, masks, rewind = load_progress(saved, trainer, weights, rewind_epoch, args)
         cli.say(f"{start.spec}, rewind {rewind_epoch}: resumed in round {first} after epoch {trainer.epoch}")
     if distributed.is_main():
         path.parent.mkdir(exist_ok=True)
         if resumed:
-            log.cut(first - 1, "round")
+            log.cut(first - 1, "round", text=("init",))
         else:
             log.start()
 
@@ -155,7 +164,7 @@ def save_progress(path, trainer, contents):
     checkpoint.save_state(path, {**contents, "training": trainer.state()}, FORMAT)
 
 
-def load_progress(path, trainer, weights, args):
+def load_progress(path, trainer, weights, rewind_epoch, args):
     """Put ``trainer`` back to where the file ``path`` stands; returns its round, masks and rewind point."""
     contents = checkpoint.load_state(path, FORMAT, KEYS, "run_imp.py", mmap=False)
     round_ = contents["round"]
@@ -166,8 +175,13 @@ def load_progress(path, trainer, weights, args):
     for state in (contents["rewind"], contents["training"]):
         if state is not None:
             trainer.resume(state, path)
+    if contents["rewind"] is not None and contents["rewind"]["epoch"] != rewind_epoch:
+        raise InputError(f"{path} cannot be resumed: its rewind point is not epoch {rewind_epoch}")
     try:
         masks = {name: contents["masks"][name].to(weight.device) for name, weight in weights.items()}
+        left = pruning.kept_after(sum(mask.numel() for mask in masks.values()), args.prune_fraction, round_)
+        if any(mask.dtype != torch.bool for mask in masks.values()) or pruning.remaining(masks) != left:
+            raise ValueError(f"they do not keep {left} weights")
         trainer.after_step = pruning.Masking(weights, masks) if round_ else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be resumed: its masks do not fit ({error})") from error

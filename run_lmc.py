@@ -9,6 +9,9 @@ distilled without labels, the paper finds, it hardly does.
         --init runs/x/checkpoint.pt:student-init runs/x/checkpoint.pt:student
     torchrun --nproc-per-node=4 run_lmc.py ...                           # runs, then lines, are shared among the processes
 
+With statistics recomputed, they are so at the ends too: the weights there are the trained networks' bit for bit, their errors
+need not be. Networks without batch norm have none ("none" in the CSV).
+
 Writes config.json, lmc.csv (a row for each point of a line), barriers.csv and lmc.png; the trained networks into runs/, from
 which --resume redraws the lines, also with other flags of the group "lines", without training again.
 """
@@ -19,15 +22,16 @@ from dataclasses import replace
 import torch
 
 from rtd import checkpoint, cli, distributed, logs, plots, runs, stopping
-from rtd.classifier import build_classifier, load_starts
+from rtd.classifier import build_classifier, empty_classifier, load_starts
 from rtd.data import take
 from rtd.device import autocast, describe, pick_device
-from rtd.errors import InputError
+from rtd.errors import Diverged, InputError
 from rtd.init import random_stream
 from rtd.interpolation import error_barrier, gammas, interpolate, recompute_batch_norm_
 from rtd.train import Trainer, evaluate
 
-COLUMNS = ("init", "i", "j", "gamma", "bn", "train_error", "test_error", "train_loss", "test_loss")
+MEASURED = ("train_error", "test_error", "train_loss", "test_loss")
+COLUMNS = ("init", "i", "j", "gamma", "bn", *MEASURED)
 BARRIERS = ("init", "bn", "statistic", "i", "j", "train_barrier", "test_barrier")
 BATCH_NORM = ("recompute", "interpolate")
 PRODUCTS = ("config.json", "lmc.csv", "barriers.csv", "lmc.png", "runs/init*-run*", "lines/*")
@@ -75,7 +79,8 @@ def main(args):
         if args.line_subset is not None and args.line_subset > len(data.train):
             raise InputError(f"--line-subset {args.line_subset}: there are {len(data.train)} training images")
         starts = load_starts(args.init, args.encoder, data, args.seed)
-        runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, {s.spec: s.sha256 for s in starts if s.sha256})
+        reads = {start.spec: start.sha256 for start in starts if start.sha256} | data.fingerprints()
+        runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, reads)
         cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images, {data.num_classes} classes")
         encoder = starts[0].architecture["encoder"]
         cli.say(f"{encoder}; {describe(device, args.precision)}")
@@ -83,8 +88,18 @@ def main(args):
 
         # Train --runs times from each start.
         ends = [(i, run, start) for i, start in enumerate(starts) for run in range(args.runs)]
+        diverged = []
         for i, run, start in distributed.units(ends):
-            train_run(end_path(args, i, run), start, run, data, args, device)
+            try:
+                train_run(end_path(args, i, run), start, run, data, args, device)
+            except Diverged as error:
+                diverged.append(error)
+        if diverged:
+            raise Diverged(f"{len(diverged)} of {len(ends)} runs have no end: {'; '.join(map(str, diverged))}")
+
+        modules = empty_classifier(starts[0].architecture, data.num_classes).modules()
+        if not any(isinstance(module, torch.nn.BatchNorm2d) for module in modules):
+            args.bn_statistics = ["none"]  # are there to treat in one way or another
 
         # Walk from each result to each other one of the same start.
         pairs = [(i, *pair) for i in range(len(starts)) for pair in itertools.combinations(range(args.runs), 2)]
@@ -156,7 +171,8 @@ def evaluate_line(path, start, i, a, b, data, args):
     wanted = [(bn, gamma) for bn in args.bn_statistics for gamma in gammas(args.points)]
     rows = logs.read_csv(path, COLUMNS) if path.exists() else []
     found = [(row["init"], row["i"], row["j"], row["bn"], logs.format_value(row["gamma"])) for row in rows]
-    if found != [(start.spec, a, b, bn, logs.format_value(gamma)) for bn, gamma in wanted[: len(found)]]:
+    expected = [(start.spec, a, b, bn, logs.format_value(gamma)) for bn, gamma in wanted[: len(found)]]
+    if found != expected or any(isinstance(row[name], str) for row in rows for name in MEASURED):
         raise InputError(f"{path} does not hold the points of this line in their order; delete it to have them computed again")
     distributed.barrier()  # all have looked before the main process writes
     log = logs.CsvLog(path, COLUMNS)

@@ -123,11 +123,14 @@ def _one_line(error):
     return " ".join(str(error).split())[:200]
 
 
-def load_spec(flag, spec):
-    """("PATH:NETWORK" as given to ``flag``) -> (checkpoint, NETWORK); NETWORK is one of ``NETWORKS``."""
+def load_spec(flag, spec, others=()):
+    """("PATH:NETWORK" as given to ``flag``) -> (checkpoint, NETWORK); NETWORK is one of ``NETWORKS``.
+
+    others: further ones that ``flag`` takes, for the error's sentence.
+    """
     path, colon, which = spec.rpartition(":")
     if not colon or which not in NETWORKS:
-        raise InputError(f"{flag} {spec}: give PATH:NETWORK, where NETWORK is one of {', '.join(NETWORKS)}")
+        raise InputError(f"{flag} {spec}: give PATH:NETWORK, where NETWORK is one of {', '.join((*NETWORKS, *others))}")
     return load_checkpoint(path), which
 
 

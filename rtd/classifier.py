@@ -44,6 +44,9 @@ def load_starts(specs, encoder, data, seed):
     Random encoders are normalised for ``data``; those of a checkpoint as they were there.
     """
     is_random = [spec.partition(":")[0] == "random" for spec in specs]
+    draws = [_draw(spec) for spec, r in zip(specs, is_random, strict=True) if r]
+    if len(set(draws)) < len(draws):
+        raise InputError(f"--init {' '.join(specs)}: random is random:0, and each number is one draw; give each once")
     loaded = [None if r else checkpoint.load_spec("--init", spec) for r, spec in zip(is_random, specs, strict=True)]
     architecture = {"encoder": encoder or "resnet18", "norm": None, "image_size": data.train.images.shape[-1]}
     if found := next((found for found in loaded if found), None):

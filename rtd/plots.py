@@ -101,8 +101,10 @@ def plot_imp(path, csv_path, kinds, title=""):
             axis.fill_between(left, [m - s for m, s in stats], [m + s for m, s in stats], color=color, alpha=0.2, linewidth=0)
     axis.set(xscale="log", xlabel="weights remaining (%)", ylabel="test accuracy (%)", title=title)
     axis.invert_xaxis()
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("")
+    left = sorted({left for curve in curves.values() for left in curve}, reverse=True)
+    axis.minorticks_off()
+    axis.set_xticks(left[:: max(1, round(len(left) / 8))])  # at rounds
+    axis.xaxis.set_major_formatter("{x:.3g}")
     axis.legend(frameon=False, fontsize="small")
     axis.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
@@ -117,7 +119,7 @@ def plot_lmc(path, csv_path, kinds, title=""):
     if not rows:
         raise InputError(f"{csv_path} has no rows to draw")
     inits = list(dict.fromkeys(row["init"] for row in rows))
-    treatments = sorted({row["bn"] for row in rows}, key=["recompute", "interpolate"].index)
+    treatments = sorted({row["bn"] for row in rows}, key=["recompute", "interpolate", "none"].index)
     figure, axes = new_figure(len(inits), sharey=True, squeeze=False)
     for axis, init in zip(axes[0], inits, strict=True):
         for bn, style in zip(treatments, STYLES, strict=False):
@@ -133,6 +135,7 @@ def plot_lmc(path, csv_path, kinds, title=""):
         axis.set(xlabel="gamma", title=kinds[init] if len(set(kinds.values())) == len(kinds) else init[-40:])
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("test error (%)")
-    axes[0][0].legend(frameon=False, fontsize="small")
+    if treatments != ["none"]:
+        axes[0][0].legend(frameon=False, fontsize="small")
     figure.suptitle(title, fontsize="medium")
     save_figure(figure, path)

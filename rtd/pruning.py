@@ -20,8 +20,13 @@ def prunable(model, prune="weights"):
     """{name: parameter} of what may be pruned in ``model``, in the model's order: see above."""
     if prune == "all":
         return dict(model.named_parameters())
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    return {f"{name}.weight".lstrip("."): module.weight for name, module in layers}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):  # query, key and value: three linear layers in one tensor
+            found[f"{name}.in_proj_weight".lstrip(".")] = module.in_proj_weight
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            found[f"{name}.weight".lstrip(".")] = module.weight
+    return found
 
 
 def dense_masks(weights):

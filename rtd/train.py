@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from rtd import distributed, stopping
 from rtd.augmentation import augment, draw_augmentation
 from rtd.data import normalize
-from rtd.device import autocast
+from rtd.device import allow_tf32, autocast
 from rtd.errors import Diverged, InputError
 from rtd.progress import progress
 
@@ -43,7 +43,7 @@ def evaluate(classifier, split, mean, std, precision="fp32", batch_size=1000):
     classifier.eval()
     logits = distributed.map_rows(answer, split.images)  # (N, classes)
     classifier.train(was_training)
-    accuracy = 100 * (logits.argmax(1) == split.labels).double().mean().item()
+    accuracy = 100 * (logits.argmax(1) == split.labels).sum().item() / len(split)
     return accuracy, F.cross_entropy(logits, split.labels).item()
 
 
@@ -87,18 +87,18 @@ class Trainer:
         self._streams = {name: generator.get_state() for name, generator in self.generators.items()}
         order = torch.randperm(len(data.train), generator=self.generators["batch-order"])
         draws = draw_augmentation(len(data.train), self.generators["augmentation"]).to(device)  # row i is for image i
-        batches = order.split(self.batch_size)
+        batches = order.to(device).split(self.batch_size)
         done = len(self.losses)  # not 0 if the epoch goes on
         self._trained.train()
+        allow_tf32(self.precision)
         bar = progress(batches[done:], f"{self.name}, epoch {self.epoch + 1}", "steps")
         for step, batch in enumerate(stopping.steps(bar), done):
             mine, factor = distributed.share(batch)  # all of the batch, and 1, in a single process
-            mine = mine.to(device)
             images = normalize(augment(data.train.images[mine], draws[mine]), data.mean, data.std)
             with autocast(device, self.precision):
                 logits = self._trained(images)
             loss = factor * F.cross_entropy(logits, data.train.labels[mine])
-            whole = distributed.average(loss.detach().double())
+            whole = distributed.average(loss.detach().clone())
             if device.type == "cpu" and not torch.isfinite(whole):
                 self._stop(step + 1)
             self.optimizer.zero_grad()
@@ -107,7 +107,7 @@ class Trainer:
             if self.after_step is not None:
                 self.after_step()
             self.losses.append(whole * len(batch))  # read at the end of the epoch: on a GPU, reading waits
-        total = torch.stack(self.losses).sum()
+        total = torch.stack(self.losses).cpu().double().sum()
         self.losses, self._streams = [], None
         self.epoch += 1
         distributed.broadcast_tensors(self.classifier.buffers())  # batch norm's statistics: the main process's for all
@@ -119,7 +119,7 @@ class Trainer:
         where = f"epoch {self.epoch + 1}, step {step}" if step else f"epoch {self.epoch}"
         hint = ", or --precision fp32" if self.precision == "bf16" else ""
         raise Diverged(
-            f"{self.name}: the loss or a weight is not finite in {where}; the last checkpoint stands. "
+            f"{self.name}: the loss or a weight is not finite in {where}; what was saved before stands. "
             f"Try a smaller --lr than {self.lr}{hint}"
         )
 
@@ -153,7 +153,11 @@ class Trainer:
             self.load_state(state)
             if not 0 <= self.epoch <= self.epochs or len(self.accuracies) != self.epoch:
                 raise ValueError(f"it stands after epoch {self.epoch}, of {self.epochs}")
-            if any(loss.shape != () or loss.dtype != torch.float64 or not loss.isfinite() for loss in self.losses):
+            momenta = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.classifier.parameters()]
+            shapes = [None if momentum is None else momentum.shape for momentum in momenta]
+            if any(shapes) and shapes != [p.shape for p in self.classifier.parameters()]:
+                raise ValueError("its momentum is of another network")
+            if any(loss.shape != () or not loss.is_floating_point() or not loss.isfinite() for loss in self.losses):
                 raise ValueError("its losses are not numbers")
             if not all(0 <= accuracy <= 100 for accuracy in self.accuracies) or not self.seconds >= 0:
                 raise ValueError("its accuracies are not percentages")

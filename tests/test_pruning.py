@@ -33,6 +33,15 @@ def test_what_may_be_pruned():
     assert all(weight is model.get_parameter(name) for name, weight in weights.items())
 
 
+def test_of_a_vit_query_key_and_value_may_be_pruned_too():
+    model = empty_classifier({"encoder": "vit-tiny"}, 10)
+    names = prunable(model)
+    assert sum(name.endswith("in_proj_weight") for name in names) == 12
+    others = {name: p for name, p in model.named_parameters() if name not in names}
+    assert {name for name, p in others.items() if p.ndim > 1} == {"encoder.class_token", "encoder.encoder.pos_embedding"}
+    assert all(weight is model.get_parameter(name) for name, weight in names.items())
+
+
 @pytest.mark.parametrize("fraction", [0.2, 0.1, 0.37])
 def test_after_r_rounds_the_pruned_fraction_is_the_papers(generator, fraction):
     """p_r as the sum of section 6, in exact arithmetic up to one weight; the kept ones are the largest, and masks only shrink."""

@@ -12,7 +12,7 @@ from processes import finish, kill_when, start, start_two
 from test_run_distill import assert_same_tree
 
 import run_imp
-from rtd import checkpoint, pruning
+from rtd import checkpoint, logs, plots, pruning
 from rtd.logs import read_csv
 from rtd.train import Trainer
 
@@ -54,6 +54,12 @@ def test_imp_csv_holds_a_row_for_each_round_of_each_chain(imp_run):
         assert row["epochs"] == (3 if row["round"] == 0 else 3 - row["rewind_epoch"])
         assert 0 <= row["test_accuracy"] <= row["test_accuracy_best"] <= 100
         assert row["seconds"] > 0
+    for rewind in (0, 1):  # of the last round, the checkpoint has the accuracies of each epoch
+        training = torch.load(imp_run / "chains" / f"init0-rewind{rewind}.pt", weights_only=True)["training"]
+        row = rows[2 + 3 * rewind]
+        assert row["test_accuracy"] == pytest.approx(training["accuracies"][-1])
+        assert row["test_accuracy_best"] == pytest.approx(max(training["accuracies"][rewind:]))
+        assert row["seconds"] < training["seconds"] + 1e-6
     config = json.loads((imp_run / "config.json").read_text())
     assert config["flags"]["rounds"] == 2 and "run_imp.py" in config["command"]
 
@@ -111,17 +117,22 @@ def test_each_round_starts_at_mask_times_rewind_weights_and_stays_masked(script,
 
 
 def test_pruned_are_the_smallest_of_the_trained_weights(script, tmp_path, monkeypatch):
-    calls, prune = [], pruning.prune_smallest
+    calls, ends, prune, run_epoch = [], [], pruning.prune_smallest, Trainer.run_epoch
 
     def watched(masks, weights, count):
         result = prune(masks, weights, count)
-        calls.append((torch.cat([w.detach().flatten() for w in weights.values()]).abs(), count, result))
+        calls.append((count, result))
         return result
 
+    def remembered(trainer):
+        run_epoch(trainer)
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.classifier.parameters()]).abs())
+
     monkeypatch.setattr(pruning, "prune_smallest", watched)
+    monkeypatch.setattr(Trainer, "run_epoch", remembered)
     flags = (*SUPERVISED, "--epochs", 1, "--rounds", 1, "--prune", "all", "--prune-fraction", 0.5, "--out", tmp_path / "run")
     assert script("run_imp", *flags).code == 0
-    ((trained, count, masks),) = calls
+    ((count, masks),), trained = calls, ends[0]  # as the first round ends, before it is rewound
     kept = torch.cat([mask.flatten() for mask in masks.values()])
     assert trained[kept].min() >= trained[~kept].max()
     assert len(trained) == 272_474 and (~kept).sum() == count == 272_474 // 2
@@ -225,7 +236,7 @@ def test_starts_from_checkpoints_are_recorded_and_drawn(tiny_run, script, tmp_pa
     assert [row["init"] for row in read_csv(tmp_path / "run" / "imp.csv")[::2]] == inits
     assert (tmp_path / "run" / "imp.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["reads"] == dict.fromkeys(inits[:2], checkpoint.sha256(path))
+    assert config["reads"].items() >= dict.fromkeys(inits[:2], checkpoint.sha256(path)).items()
     contents = torch.load(path, weights_only=True)
     start = torch.load(tmp_path / "run" / "chains" / "init0-rewind0.pt", weights_only=True)["rewind"]["classifier"]
     assert all(torch.equal(start[name], contents["student"][name]) for name in start if name.startswith("encoder."))
@@ -239,9 +250,14 @@ def test_a_file_of_another_run_is_refused(imp_run, script, tmp_path):
     assert script("run_imp", *FLAGS, "--out", tmp_path / "run").code == 0
     path = tmp_path / "run" / "chains" / "init0-rewind0.pt"
     contents = torch.load(path, weights_only=True)
+    momentum = contents["rewind"]["optimizer"] | {"state": {0: {"momentum_buffer": torch.zeros(3)}}}
     for change, said in (
         ({"masks": {}}, "masks"),
         ({"masks": contents["masks"] | {"fc.weight": torch.ones(3, dtype=torch.bool)}}, "masks"),
+        ({"masks": {name: torch.ones_like(mask) for name, mask in contents["masks"].items()}}, "masks"),
+        ({"masks": {name: mask.float() for name, mask in contents["masks"].items()}}, "masks"),
+        ({"rewind": contents["rewind"] | {"epoch": 1, "accuracies": [0.0]}}, "rewind point"),
+        ({"rewind": contents["rewind"] | {"optimizer": momentum}}, "momentum"),
         ({"round": -1}, "round"),
         ({"round": 2, "rewind": None}, "rewind"),
         ({"format": "rtd-lmc-1"}, "run_imp.py"),
@@ -269,6 +285,7 @@ def test_a_file_of_another_run_is_refused(imp_run, script, tmp_path):
         (["--rewind-epoch", "3"], "--rewind-epoch 3"),
         (["--rewind-epoch", "0", "0"], "--rewind-epoch"),
         (["--init", "random", "random"], "--init"),
+        (["--init", "random:1", "random:01"], "--init"),
         (["--init", "student"], "--init student"),
         (["--init", "nowhere.pt:student"], "nowhere.pt"),
         (["--prune", "some"], "--prune"),
@@ -312,6 +329,61 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(script, tmp_path, monkey
     result = run_in_this_process(script, monkeypatch, flags)
     assert result.code == 1 and "random, rewind 0, round 0" in result.err and "--lr" in result.err
     assert path.read_bytes() == before
+
+
+def test_a_chain_that_diverges_does_not_keep_the_others_from_their_end(script, tmp_path, monkeypatch):
+    run_epoch = Trainer.run_epoch
+
+    def diverging(trainer):
+        if "random:1" in trainer.name:
+            trainer._stop(1)
+        run_epoch(trainer)
+
+    monkeypatch.setattr(Trainer, "run_epoch", diverging)
+    flags = [*SUPERVISED, "--init", "random:1", "random:2", "--epochs", 1, "--rounds", 1, "--out", tmp_path / "run"]
+    result = script("run_imp", *flags)
+    assert result.code == 1 and "1 of 2 chains stopped early: random:1" in result.err
+    assert [row["init"] for row in read_csv(tmp_path / "run" / "imp.csv")] == ["random:2"] * 2
+
+
+def test_flags_of_training_reach_it(script, tmp_path, tiny_run, monkeypatch):
+    """--lr, --precision, --batch-size, and the normalisation that a checkpoint's weights were distilled with."""
+    contents = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    contents["data"]["mean"] = [0.1, 0.2, 0.3]
+    torch.save(contents, tmp_path / "moved.pt")
+    made, begin = [], Trainer.__init__
+
+    def watched(trainer, classifier, data, *arguments):
+        begin(trainer, classifier, data, *arguments)
+        made.append((data.mean, trainer.lr, trainer.batch_size, trainer.precision, trainer.epochs))
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
+    flags = ["--subset", 40, "--test-subset", 30, "--init", f"{tmp_path / 'moved.pt'}:student", "--epochs", 1, "--no-plot"]
+    flags += ["--lr", 0.03, "--precision", "bf16", "--batch-size", 20, "--device", "cpu"]
+    assert script("run_imp", *flags, "--rounds", 0, "--out", tmp_path / "imp").code == 0
+    assert script("run_lmc", *flags, "--runs", 2, "--points", 2, "--out", tmp_path / "lmc").code == 0
+    assert made == [((0.1, 0.2, 0.3), 0.03, 20, "bf16", 1)] * 3
+
+
+def test_the_figure_has_mean_and_band_of_the_starts_of_a_kind(tmp_path, monkeypatch):
+    """Three starts of one kind and one of another, two rounds each, drawn on a log axis with a mark for each round."""
+    accuracies = {"a:student": (50, 40), "b:student": (52, 44), "c:student": (54, 48), "random": (30, 20)}
+    rows = [
+        dict.fromkeys(COLUMNS.split(","), 0) | {"init": init, "round": r, "sparsity": s, "test_accuracy": values[r]}
+        for init, values in accuracies.items()
+        for r, s in ((0, 0.0), (1, 0.2))
+    ]
+    logs.CsvLog(tmp_path / "imp.csv", COLUMNS.split(",")).start(rows)
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plots.plot_imp(tmp_path / "imp.png", tmp_path / "imp.csv", {init: init.partition(":")[2] or init for init in accuracies})
+    (axis,) = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert lines == {"student, l = 0": [[100, 52], [80, 44]], "random, l = 0": [[100, 30], [80, 20]]}
+    (band,) = axis.collections  # one start alone has none
+    assert {tuple(point) for point in band.get_paths()[0].vertices.tolist()} >= {(100, 50), (100, 54), (80, 40), (80, 48)}
+    assert axis.get_xscale() == "log" and axis.xaxis_inverted()
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["100", "80"]
 
 
 def run_in_this_process(script, monkeypatch, flags):

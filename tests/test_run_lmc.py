@@ -1,14 +1,22 @@
 """run_lmc.py through its command line: the lines' ends, what is trained apart, killing and resuming, redrawing, refusing."""
 
 import csv
+import statistics
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SUPERVISED
 from processes import finish, kill_when, start, start_two
 from test_run_distill import assert_same_tree
 
+from rtd import logs, plots
+from rtd.classifier import empty_classifier
+from rtd.data import normalize, take
+from rtd.datasets import load_dataset
 from rtd.logs import read_csv
+from rtd.models import materialize
+from run_lmc import COLUMNS, batch_norm_images
 
 FLAGS = [*SUPERVISED, "--epochs", "2", "--runs", "3", "--points", "5", "--bn-statistics", "recompute", "interpolate"]
 FLAGS += ["--line-subset", "20"]
@@ -42,16 +50,75 @@ def test_all_pairs_at_all_points_and_the_ends_are_the_trained_networks(lmc_run):
     assert len(set(losses.values())) == 5
 
 
+@pytest.mark.parametrize("bn", ["recompute", "interpolate"])
+def test_a_point_is_the_mixture_of_its_ends_judged_on_both_splits(lmc_run, bn):
+    """Written out with torch's own functions: weights by lerp, batch norm by averages over augmentation-free training images."""
+    data = load_dataset("digits", subset=40, test_subset=30)
+    ends = [torch.load(lmc_run / name, weights_only=True)["training"]["classifier"] for name in ENDS[:2]]
+    network = materialize(empty_classifier({"encoder": "resnet20", "norm": None, "image_size": 32}, 10))
+    network.load_state_dict({k: torch.lerp(a, ends[1][k], 0.25) if a.is_floating_point() else a for k, a in ends[0].items()})
+    if bn == "recompute":
+        images = batch_norm_images(data.train.images, 20, 16)
+        assert len(images) == 32 and len(batch_norm_images(data.train.images, 1, 16)) == 16
+        train = {tuple(image.flatten().tolist()) for image in data.train.images}
+        assert len({tuple(image.flatten().tolist()) for image in images} & train) == 32
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None  # a plain average
+        network.train()
+        for batch in images.split(16):
+            network(normalize(batch, data.mean, data.std))
+    rows = read_csv(lmc_run / "lmc.csv")
+    [row] = [r for r in rows if (r["bn"], r["i"], r["j"], r["gamma"]) == (bn, 0, 1, 0.25)]
+    for name, split in (("train", take(data.train, 20, "line")), ("test", data.test)):
+        with torch.no_grad():
+            logits = network.eval()(normalize(split.images, data.mean, data.std))
+        assert row[f"{name}_loss"] == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-4)
+        assert row[f"{name}_error"] == pytest.approx(100 * (logits.argmax(1) != split.labels).double().mean().item())
+    assert row["train_loss"] != row["test_loss"]
+
+
 def test_barriers_are_the_rise_over_the_mean_of_the_ends(lmc_run):
     rows = read_csv(lmc_run / "lmc.csv")
     found = {(row["bn"], row["statistic"], row["i"], row["j"]): row for row in read_csv(lmc_run / "barriers.csv")}
     for bn in ("recompute", "interpolate"):
-        barriers = []
-        for i, j in ((0, 1), (0, 2), (1, 2)):
-            line = [row["test_error"] for row in rows if (row["bn"], row["i"], row["j"]) == (bn, i, j)]
-            barriers.append(max(line) - (line[0] + line[-1]) / 2)
-            assert found[bn, "pair", i, j]["test_barrier"] == pytest.approx(barriers[-1], abs=1e-6)
-        assert found[bn, "mean", None, None]["test_barrier"] == pytest.approx(sum(barriers) / 3, abs=1e-6)
+        for split in ("train", "test"):
+            barriers = []
+            for i, j in ((0, 1), (0, 2), (1, 2)):
+                line = [row[f"{split}_error"] for row in rows if (row["bn"], row["i"], row["j"]) == (bn, i, j)]
+                barriers.append(max(line) - (line[0] + line[-1]) / 2)
+                assert found[bn, "pair", i, j][f"{split}_barrier"] == pytest.approx(barriers[-1], abs=1e-6)
+            assert found[bn, "mean", None, None][f"{split}_barrier"] == pytest.approx(sum(barriers) / 3, abs=1e-6)
+            assert found[bn, "std", None, None][f"{split}_barrier"] == pytest.approx(statistics.stdev(barriers), abs=1e-6)
+
+
+def test_the_figure_has_the_mean_of_the_pairs(tmp_path, monkeypatch):
+    """Two starts with two pairs each, in panels of one scale: a thin line a pair and their mean."""
+    rows = [
+        dict.fromkeys(COLUMNS, 0)
+        | {"init": init, "i": 0, "j": j, "gamma": gamma, "bn": "recompute", "test_error": base + j * gamma}
+        for init, base in (("random", 10), ("x:student", 5))
+        for j in (1, 2)
+        for gamma in (0.0, 1.0)
+    ]
+    logs.CsvLog(tmp_path / "lmc.csv", COLUMNS).start(rows)
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plots.plot_lmc(tmp_path / "lmc.png", tmp_path / "lmc.csv", {"random": "random", "x:student": "student"})
+    panels = drawn[0].axes
+    assert [axis.get_title() for axis in panels] == ["random", "student"]
+    assert panels[0].get_ylim() == panels[1].get_ylim()
+    for axis, base in zip(panels, (10, 5), strict=True):
+        found = [line.get_ydata() for line in sorted(axis.lines, key=lambda line: line.get_linewidth())]
+        assert [list(y) for y in found] == [[base, base + 1], [base, base + 2], [base, base + 1.5]]
+
+
+def test_without_batch_norm_there_is_nothing_to_recompute(script, tmp_path):
+    flags = [*SUPERVISED, "--encoder", "vgg11", "--epochs", 1, "--runs", 2, "--points", 2, "--lr", 0.01]
+    flags += ["--bn-statistics", "recompute", "interpolate", "--out", tmp_path / "run"]
+    assert script("run_lmc", *flags).code == 0
+    assert [row["bn"] for row in read_csv(tmp_path / "run" / "lmc.csv")] == ["none"] * 2
 
 
 def test_runs_share_the_start_and_differ_in_order_and_augmentation_alone(script, tmp_path, monkeypatch):
