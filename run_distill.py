@@ -13,6 +13,7 @@ Writes config.json, log.csv (a row an epoch), checkpoint.pt, best.pt and curves.
 take several values: each combination is a run in a folder of its own, summed up in summary.csv and two figures.
 """
 
+import argparse
 import contextlib
 import functools
 import math
@@ -24,7 +25,7 @@ import torch
 from rtd import checkpoint, cli, distributed, logs, plot_sweep, plots, runs, stopping, sweeps
 from rtd.data import normalize
 from rtd.datasets import DATASETS, LABELLED
-from rtd.device import describe, pick_device
+from rtd.device import allow_tf32, describe, pick_device
 from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, distance, evaluate_start, load_teacher, weighted_mean
 from rtd.errors import Diverged
 from rtd.head import PAPERS, parse_slots
@@ -49,7 +50,7 @@ def parse_args(argv=None):
     of, further = "one of %(choices)s", "vgg11 gets further, resnet18 gets there earlier"
     add("--dataset", nargs="+", choices=DATASETS, metavar="NAME", default=["digits"], help=f"* digits needs no files; {of}")
     add("--subset", type=cli.positive_int, nargs="+", default=[None], metavar="N", help="* use N training images, class-balanced")
-    add("--probe-dataset", choices=LABELLED, help="what the probes judge on, all of it; by default what is distilled on")
+    add("--probe-dataset", choices=LABELLED, help="what the probes judge on; by default what is distilled on, subsets alike")
     add("--probe-subset", type=cli.positive_int, metavar="N", help="of --probe-dataset, use N training images")
     add = parser.add_argument_group("teacher and student").add_argument
     add("--encoder", nargs="+", choices=ENCODERS, metavar="NAME", default=["vgg11"], help=f"* {further}; {of}")
@@ -80,7 +81,7 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the student; pays off on GPUs, after a minute")
     cli.add_probe_flags(parser)
     cli.add_device_flags(parser)
-    cli.add_output_flags(parser, None)
+    cli.add_output_flags(parser)
     add = parser.add_argument_group("log").add_argument
     add("--probe-every", type=cli.positive_int, default=1, metavar="EPOCHS", help="also before training and after the last epoch")
     add("--log-every", type=cli.positive_int, default=30, metavar="STEPS", help="KL and entropies on every n-th step")
@@ -105,6 +106,7 @@ def main(args):
     with distributed.process_group(device):
         if several:
             sweeps.check_folders(args, planned, several)
+            sweeps.check_data(planned)
         for run in distributed.units(planned):
             with sweeps.noting_divergence(run.out) if several else contextlib.nullcontext():
                 distill(run, device)
@@ -134,26 +136,28 @@ def distill(args, device):
     folder = args.out
     data, probed = cli.load_sources(args)
     cli.check_k(args, probed)
+    given = args
     if args.epochs_of:
-        for name in ("epochs", "probe_every", "save_every"):
-            if asked := getattr(args, name):  # --epochs 0 stays 0
-                setattr(args, name, max(1, int(asked * args.epochs_of / len(data.train))))
+        counted = {name: getattr(args, name) for name in ("epochs", "probe_every", "save_every")}
+        counted = {name: n and max(1, int(n * args.epochs_of / len(data.train))) for name, n in counted.items()}  # 0 stays 0
+        args = argparse.Namespace(**vars(args) | counted)
 
     # Teacher: a random network. Student: theta_S(alpha), next to it.
     model = model_of(args)
     teacher, normalization = load_teacher(args.teacher, model, args.seed)
     data = data.with_normalization(normalization) if normalization else data
     probed = probed.with_normalization({"mean": data.mean, "std": data.std})
-    reads = {args.teacher: checkpoint.sha256(args.teacher.rpartition(":")[0])} if args.teacher else None
+    reads = {args.teacher: checkpoint.sha256(args.teacher.rpartition(":")[0])} if args.teacher else {}
+    reads |= data.fingerprints() | {"--probe-dataset": probed.fingerprints()["the training images"]}
     resumed = None
-    if runs.open_folder(folder, args, device, MAY_CHANGE, PRODUCTS, reads) and (folder / "checkpoint.pt").exists():
+    if runs.open_folder(folder, given, device, MAY_CHANGE, PRODUCTS, reads) and (folder / "checkpoint.pt").exists():
         resumed = runs.load_progress(folder / "checkpoint.pt", args.epochs)
     if resumed is not None and resumed["epoch"] == args.epochs:  # nothing is left to do: one of a sweep's finished runs
         if distributed.is_main():
             logs.CsvLog(folder / "log.csv", COLUMNS).cut(args.epochs)
         report(args)
         return
-    began = time.perf_counter()
+    began, config = time.perf_counter(), logs.provenance(given, device)
     cli.say(f"{data.name}: {len(data.train)} training images; {probed.name}: {len(probed.test)} test images")
     student = init_network_(materialize(build_network(**model)), random_stream(args.seed, "student-init"))
     init_student_(student, teacher, args.alpha)
@@ -211,7 +215,7 @@ def distill(args, device):
             "data": {"name": data.name, "mean": list(data.mean), "std": list(data.std)},
             "epoch": epoch,
             "step": step,
-            "config": logs.provenance(args, device),
+            "config": config,
         }
 
     def save(epoch, stream, so_far):
@@ -225,7 +229,7 @@ def distill(args, device):
     for epoch in range(done + 1, args.epochs + 1):
         row = dict.fromkeys(COLUMNS) | standing | {"epoch": epoch}
         if epoch == 0:
-            row |= evaluate_start(distiller, data)
+            row |= evaluate_start(distiller, data, args.batch_size)
         else:
             training_began = time.perf_counter()
             so_far = so_far or runs.nothing_yet()
@@ -276,7 +280,7 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
     """
     trained.train()
     device = data.train.images.device
-    batches = order.split(args.batch_size)
+    batches = order.to(device).split(args.batch_size)
     losses, watched = so_far["losses"], so_far["watched"]
     first, done = (epoch - 1) * len(batches), len(losses)
     to_watch = [i for i in range(len(batches)) if i == 0 or (first + i) % args.log_every == 0]
@@ -284,10 +288,10 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
     for i, batch in enumerate(stopping.steps(bar), done):
         step = first + i
         mine, factor = distributed.share(batch)  # all of the batch, and 1, in a single process
-        mine = mine.to(device)
         images = normalize(data.train.images[mine], data.mean, data.std)
         diagnostics = i in to_watch
         precision = "fp32" if step < args.fp32_steps else args.precision
+        allow_tf32(precision)
         optimizer.zero_grad()
         result = trained(images, mine, diagnostics, precision, data.train.labels[mine])
         loss = factor * result.loss
@@ -300,7 +304,7 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
         losses.append(loss.detach())  # read once, at the end of the epoch: on a GPU, reading waits
         if diagnostics:
             watched.append(factor * torch.stack(result[1:]))
-            if hasattr(bar, "set_postfix"):
+            if hasattr(bar, "set_postfix") and device.type != "cuda":
                 bar.set_postfix(loss=f"{loss.item():.4f}")
     loss = distributed.average(weighted_mean(torch.stack(losses), [len(batch) for batch in batches]))
     if not all(tensor.isfinite().all() for tensor in (loss, *trained.parameters())):  # in all processes alike
@@ -311,7 +315,7 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
 
 def stop_diverged(epoch, step, args):
     raise Diverged(
-        f"the loss is not finite in epoch {epoch}, step {step}; the last checkpoint stands. "
+        f"the loss is not finite in epoch {epoch}, step {step}; what was saved before stands. "
         f"Try a smaller --lr than {args.lr}{', or --precision fp32' if args.precision == 'bf16' else ''}"
     )
 

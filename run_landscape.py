@@ -100,6 +100,7 @@ def main(args):
             raise InputError(
                 f"--dataset {data.name}: --origin {args.origin} was distilled on {contents['data'].get('name')}; give that"
             )
+        reads = data.fingerprints()
         data = data.with_normalization(contents["data"]).to(device)
         teacher = checkpoint.load_network(contents, "teacher", device)
         network = checkpoint.load_network(contents, "student", device)
@@ -108,7 +109,7 @@ def main(args):
         except ValueError as error:
             raise InputError(f"--origin, --x-axis, --y-axis: {error}") from error
         grid = make_grid(args, plane)
-        reads = {getattr(args, axis): checkpoint.sha256(path_of(getattr(args, axis))) for axis in AXES}
+        reads |= {getattr(args, axis): checkpoint.sha256(path_of(getattr(args, axis))) for axis in AXES}
         continued = runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, reads)
         cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images; {describe(device, args.precision)}")
 

@@ -7,12 +7,14 @@ another one is probed (transfer, Tables 2 and 4).
     python run_probe.py runs/distill-digits-vgg11/checkpoint.pt
     python run_probe.py runs/a/checkpoint.pt runs/b/checkpoint.pt --dataset cifar10 --data-dir data
 
+    torchrun --nproc-per-node=4 run_probe.py ...                    # the images are shared among the processes
+
 Prints a table, mean +- standard deviation over the checkpoints, and writes a row for each network to --out.
 """
 
 from pathlib import Path
 
-from rtd import checkpoint, cli, logs
+from rtd import checkpoint, cli, distributed, logs
 from rtd.device import pick_device
 from rtd.errors import InputError
 from rtd.probes import probe_encoder, probe_input
@@ -41,6 +43,12 @@ def parse_args(argv=None):
 
 def main(args):
     device = pick_device(args.device, args.deterministic)
+    with distributed.process_group(device):
+        probe_checkpoints(args, device)
+
+
+def probe_checkpoints(args, device):
+    """Probe, write a row at a time, and say mean and deviation; under torchrun the main process writes and says."""
     if args.out.exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists already: --overwrite replaces it, or give another file")
     loaded = [checkpoint.load_checkpoint(path) for path in args.checkpoints]  # all, before anything is computed
@@ -50,8 +58,10 @@ def main(args):
         checkpoint.check_image_size(path, contents["model"], data)
     data = data.to(device)
 
+    distributed.barrier()  # all have looked before the main process writes
     log = logs.CsvLog(args.out, COLUMNS)
-    log.start()
+    if distributed.is_main():
+        log.start()
     results, pixels = {who: [] for who in WHO if who in args.network}, {}
     for path, contents in zip(args.checkpoints, loaded, strict=True):
         source = contents["data"]
@@ -68,8 +78,11 @@ def main(args):
             else:
                 values = pixels[constants] = probe_input(normalised, **options)
             found.append(values)
-            log.append(dict.fromkeys(COLUMNS) | origin | {"network": who} | values)
+            if distributed.is_main():
+                log.append(dict.fromkeys(COLUMNS) | origin | {"network": who} | values)
 
+    if not distributed.is_main():
+        return
     cli.say(f"test accuracy on {data.name}, %" + (f", mean +- std over {len(loaded)} checkpoints" if len(loaded) > 1 else ""))
     cli.say(f"{'':<14}" + "".join(f"{probe:>18}" for probe in args.probe))
     for who, found in results.items():

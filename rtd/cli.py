@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 from rtd import distributed, plots, stopping
 from rtd.datasets import DOWNLOADABLE, LABELLED, PROBED_ON, load_dataset
 from rtd.device import DEVICES, PRECISIONS
@@ -49,12 +51,12 @@ def _number(kind, description, accept):
     return parse
 
 
-positive_int = _number(int, "a whole number of at least 1", lambda x: x >= 1)
-non_negative_int = _number(int, "a whole number of at least 0", lambda x: x >= 0)
+positive_int = _number(int, "a whole number of at least 1, below 2^31", lambda x: 1 <= x < 2**31)
+non_negative_int = _number(int, "a whole number of at least 0, below 2^31", lambda x: 0 <= x < 2**31)
 positive_float = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = _number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
 unit_interval = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-image_side = _number(int, "a whole number of at least 32", lambda x: x >= 32)
+image_side = _number(int, "a whole number of at least 32, up to 1024", lambda x: 32 <= x <= 1024)
 
 
 def add_data_flags(parser):
@@ -79,7 +81,8 @@ def add_file_flags(parser):
 def load_data(args):
     """The data set that the flags of ``add_data_flags`` ask for."""
     _check_download(args, args.dataset)
-    return load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset, args.image_size)
+    with distributed.main_first():
+        return load_dataset(args.dataset, args.data_dir, args.download, args.subset, args.test_subset, args.image_size)
 
 
 def _check_download(args, *names):
@@ -94,8 +97,9 @@ def load_sources(args):
     _check_download(args, args.dataset, other)
     if args.probe_subset and not other:
         raise InputError(f"--probe-subset {args.probe_subset}: goes with --probe-dataset; without, --subset decides for both")
-    probed = other and load_dataset(other, *files, args.probe_subset, args.test_subset, args.image_size)
-    data = load_dataset(args.dataset, *files, args.subset, None if probed else args.test_subset, args.image_size, probed)
+    with distributed.main_first():
+        probed = other and load_dataset(other, *files, args.probe_subset, args.test_subset, args.image_size)
+        data = load_dataset(args.dataset, *files, args.subset, None if probed else args.test_subset, args.image_size, probed)
     if args.beta and (data.train.labels.min() < 0 or args.out_dim < data.num_classes):
         raise InputError(
             f"--beta {args.beta}: needs labels, which {data.name} may lack, and an --out-dim of at least their number"
@@ -137,9 +141,10 @@ def add_training_flags(parser):
 
 
 def add_output_flags(parser, folder=None):
-    """--out, --resume, --overwrite, --save-every, --no-plot; ``folder`` is the default of --out."""
+    """--out, --resume, --overwrite, --save-every, --no-plot; ``folder`` is the default of --out, None run_distill.py's."""
+    by_default = "" if folder else "; by default runs/distill-<dataset>-<encoder>"
     group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, default=folder and Path(folder), help="run folder")
+    group.add_argument("--out", type=Path, default=folder and Path(folder), help=f"run folder{by_default}")
     group.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     group.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out")
     group.add_argument(
@@ -207,10 +212,20 @@ def draw(args, plot, path, *arguments):
     say(f"figure: {path}")
 
 
+def _reason(error):
+    """What a person can do about an error of torch's; None if it is none of those that a flag or the machine brings about."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        return f"the memory does not hold it; give smaller sizes, batches or subsets ({text[:200]})"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile: torch.compile does not work here, where it may lack a compiler; leave it out ({text[:200]})"
+    return None
+
+
 def run(main, args):
     """Call main(args); turn bad input, a diverged loss, a failing write and signals into one sentence and an exit code.
 
-    2: bad input, or a file that cannot be written; 1: the loss is not finite; 130: Ctrl-C; 143: SIGTERM
+    2: bad input, a file that cannot be written, or too little memory; 1: the loss is not finite; 130: Ctrl-C; 143: SIGTERM
     (``rtd.stopping``). All results up to the last checkpoint stand in any case.
     """
     script = os.path.basename(sys.argv[0])
@@ -223,6 +238,10 @@ def run(main, args):
         code, message = 1, error
     except OSError as error:
         code, message = 2, f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (RuntimeError, MemoryError) as error:
+        code, message = 2, _reason(error)
+        if message is None:
+            raise
     except stopping.Stopped as stop:
         code, message = 128 + stop.number, "stopped; --resume continues from the last checkpoint"
     else:

@@ -4,7 +4,7 @@ The teacher is frozen and the images are not augmented, so what the teacher says
 bottleneck vector (256 numbers, not 65,536 outputs) and the normaliser of its soft-max are computed once, and a step
 forms the teacher's outputs from them with one product (``rtd.last_layer``).
 
-Under bf16 the teacher's side is still computed in float32, and so are the student's first steps: next to its teacher
+Under bf16 the teacher's answers are still computed in float32, and so are the student's first steps: next to its teacher
 (alpha = 1e-10) the student differs from it by less than bf16 resolves. There bf16 gives either a gradient of exactly
 zero or, against a float32 teacher, one that is all rounding error, and Adam turns either into a first step from which
 VGG11 may not recover.
@@ -38,7 +38,7 @@ def load_teacher(spec, model, seed):
         path = spec.rpartition(":")[0]
         contents = checkpoint.load_supervised(path)
     else:
-        contents, which = checkpoint.load_spec("--teacher", spec)
+        contents, which = checkpoint.load_spec("--teacher", spec, ["supervised"])
     built = contents["model"]
     expected = ("encoder", "norm", "image_size") if drawn else model
     if odd := [f"{name} {built.get(name)}" for name in expected if built.get(name) != model[name]]:
@@ -109,7 +109,7 @@ class Distiller(nn.Module):
         """student: a Network. teacher: a ``FrozenTeacher`` or ``MovingTeacher``. precision: "fp32", or "bf16" for the student's
         forward pass and the last layer's products. kind: the loss, see ``rtd.last_layer``. compiled: run the student through
         torch.compile; the module that is trained and saved stays the plain one. temperature: of the student's outputs.
-        beta: weight of the labels' cross-entropy, as section 3 writes it: a label c is output c of the network's m."""
+        beta: weight of the labels' cross-entropy, as section 3 writes it, without temperature: label c is output c of the m."""
         super().__init__()
         self.student = student
         self.precision, self.kind = precision, kind
@@ -139,7 +139,7 @@ class Distiller(nn.Module):
             workspace=self._workspace if weight.grad is None else None,  # a gradient that is still there lies in it
         )
         if self.beta:
-            labelled = F.cross_entropy(F.linear(z, last.normalized_weight()), labels)
+            labelled = F.cross_entropy(F.linear(z * self.temperature, last.normalized_weight()), labels)
             result = result._replace(loss=result.loss + self.beta * labelled)
         return result
 
@@ -158,7 +158,7 @@ def distance(network, start):
 
 
 @torch.no_grad()
-def evaluate_start(distiller, data, batch_size=256):
+def evaluate_start(distiller, data, batch_size):
     """{field of ``LastLayerLoss``: mean over the training images}, with batch statistics as in training, but without a step."""
     buffers = {name: buffer.clone() for name, buffer in distiller.student.named_buffers()}
     distiller.train()

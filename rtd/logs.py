@@ -50,9 +50,12 @@ class CsvLog:
             error.filename = str(self.path)
             raise
 
-    def cut(self, last, column="epoch"):
-        """Keep the rows up to the epoch ``last``, or whatever ``column`` counts; InputError unless those are 0 to ``last``."""
+    def cut(self, last, column="epoch", text=()):
+        """Keep the rows up to the epoch ``last``, or whatever ``column`` counts; InputError unless those are 0 to ``last``,
+        and all but the columns ``text`` hold numbers, or nothing."""
         rows = read_csv(self.path, self.fields)
+        if odd := [name for row in rows for name in self.fields if name not in text and isinstance(row[name], str)]:
+            raise InputError(f"{self.path} holds text where numbers belong (column {odd[0]}); was it edited?")
         kept = [row for row in rows if not isinstance(row[column], int) or row[column] <= last]
         if [row[column] for row in kept] != list(range(last + 1)):
             raise InputError(f"{self.path} does not hold one row for each {column} from 0 to {last}, as the checkpoint asks")

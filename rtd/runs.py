@@ -16,8 +16,8 @@ def open_folder(folder, args, device, may_change, products, reads=None):
 
     ``may_change``: names of flags that may differ between a run and its --resume; any other would make the rest a
     different experiment. ``products``: glob patterns of the files that --overwrite deletes. ``reads``: {name: SHA-256} of
-    the checkpoints the run reads, which config.json records. Raises InputError for a folder that holds a run already
-    (without --resume or --overwrite), or was run with other flags or other checkpoints.
+    the checkpoints and images the run reads, which config.json records. Raises InputError for a folder that holds a run already
+    (without --resume or --overwrite), or was run with other flags, checkpoints or images.
     """
     folder = Path(folder)
     cli.say(folder)
@@ -38,6 +38,8 @@ def open_folder(folder, args, device, may_change, products, reads=None):
             for pattern in products:
                 for path in folder.glob(pattern):
                     path.unlink()
+        for half_written in folder.rglob(".*.tmp"):  # by ``atomic_write``, when the run was killed
+            half_written.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         if not continued:
             logs.write_json(config, logs.provenance(args, device) | ({"reads": reads} if reads else {}))
@@ -53,14 +55,15 @@ def _check_same_run(config, args, may_change, reads):
         then, read = contents["flags"], contents.get("reads", {})
         now = json.loads(json.dumps(logs.flags(args)))
         changed = [name for name in now if name not in may_change and then.get(name) != now[name]]
-        replaced = [name for name, digest in (reads or {}).items() if read.get(name) != digest]
+        replaced = [name for name, digest in (reads or {}).items() if read.get(name, digest) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{config} is damaged, so --resume cannot tell which run this is; give another --out") from error
     if changed:
         was = ", ".join(f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}" for name in changed)
         raise InputError(f"--resume: {config.parent} was run with other flags ({was}); use those, or another --out")
     if replaced:
-        raise InputError(f"--resume: {replaced[0]} is not what it was when {config.parent} was begun; give another --out")
+        is_not = "are not what they were" if replaced[0].endswith("s") else "is not what it was"
+        raise InputError(f"--resume: {replaced[0]} {is_not} when {config.parent} was begun; give another --out")
 
 
 def load_progress(path, epochs):
@@ -133,4 +136,4 @@ def say_result(rows, probes):
         ("student, final", [last for _, last in student]),
     ):
         cli.say(f"{name:<18}" + "".join(f"{value:9.2f}" for value in values))
-    cli.say(f"{'gain over teacher':<18}" + "".join(f"{s[1] - t:+9.2f}" for s, t in zip(student, teacher, strict=True)))
+    cli.say(f"{'gain, final':<18}" + "".join(f"{s[1] - t:+9.2f}" for s, t in zip(student, teacher, strict=True)))

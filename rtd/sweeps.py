@@ -63,6 +63,15 @@ def check_folders(args, planned, several):
             (args.out / product).unlink(missing_ok=True)
 
 
+def check_data(planned):
+    """Refuse, before the first run, images that a later one would miss, or that are too few for it."""
+    seen = set()
+    for run in planned:
+        if (key := (run.dataset, run.subset, run.out_dim)) not in seen:
+            seen.add(key)
+            cli.check_k(run, cli.load_sources(run)[1])
+
+
 @contextlib.contextmanager
 def noting_divergence(folder):
     """A run whose loss is not finite any more leaves a note in its ``folder``, and the sweep goes on."""

@@ -135,6 +135,21 @@ def test_compiled_student_gives_the_same_loss_and_no_prefixed_weights(generator)
         assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-9
 
 
+def test_a_teacher_that_moves_by_nothing_is_the_frozen_one_and_by_all_the_student(generator):
+    teacher, student = pair()
+    images, index = some_images(6, generator), torch.arange(6)
+    x = normalize(images, MEAN, STD)
+    frozen = Distiller(student, FrozenTeacher(teacher, images, MEAN, STD))(x, index).loss.item()
+    for gamma in (0.0, 1.0):
+        moving = MovingTeacher(copy.deepcopy(teacher), gamma)
+        moving.follow(student)
+        moved = moving.network.state_dict()
+        like = (student if gamma else teacher).state_dict()
+        assert all(torch.equal(moved[name], like[name]) for name in moved if "tracked" not in name)
+        if gamma == 0:
+            assert Distiller(student, moving)(x, index).loss.item() == pytest.approx(frozen, rel=1e-6)
+
+
 def test_distance_is_over_encoder_head_and_all():
     teacher, student = pair()
     start = teacher.state_dict()
@@ -164,7 +179,7 @@ def test_adamw_is_what_the_textbook_says(generator):
 
 
 def test_temperatures_and_labels_enter_the_loss_as_written(generator):
-    """d(f_S / tau_S, f_T / tau_T) + beta l(f_S / tau_S, y), in float64 (section 3)."""
+    """d(f_S / tau_S, f_T / tau_T) + beta l(f_S, y), in float64 (section 3)."""
     teacher, student = pair(dtype=torch.float64)
     twin = copy.deepcopy(student)
     images, labels = some_images(6, generator), torch.tensor([3, 1, 0, 499, 2, 2])
@@ -173,7 +188,7 @@ def test_temperatures_and_labels_enter_the_loss_as_written(generator):
     with torch.no_grad():
         p_t = (teacher(x) / 0.5).softmax(1)
     outputs = twin(x) / 0.1
-    expected = -(p_t * outputs.log_softmax(1)).sum(1).mean() - 0.7 * outputs.log_softmax(1)[index, labels].mean()
+    expected = -(p_t * outputs.log_softmax(1)).sum(1).mean() - 0.7 * twin(x).log_softmax(1)[index, labels].mean()
     expected.backward()
     frozen = FrozenTeacher(teacher, images, MEAN, STD, temperature=0.5)
     loss = Distiller(student, frozen, temperature=0.1, beta=0.7)(x, index, labels=labels).loss

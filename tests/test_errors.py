@@ -84,7 +84,10 @@ FLAGS = [
     ("run_distill", "--beta 1 --dataset noise --probe-dataset digits", ["--beta 1", "noise"]),
     ("run_distill", "--dataset noise", ["--data-dir"]),
     ("run_distill", "--dataset tinyimagenet --data-dir nowhere", ["nowhere", "tiny-imagenet-200"]),
-    ("run_distill", "--dataset cifar5m --data-dir nowhere", ["nowhere", "cifar10"]),
+    ("run_distill", "--out-dim 99999999999999999999", ["--out-dim", "below 2^31"]),
+    ("run_distill", "--image-size 100000", ["--image-size", "up to 1024"]),
+    ("run_distill", "--teacher x.pt:pupil", ["--teacher", "supervised"]),
+    ("run_distill", "--dataset cifar5m --data-dir nowhere", ["nowhere", "cifar-10-batches-py"]),
     ("run_probe", "{run}/checkpoint.pt --dataset noise", ["--dataset", "noise"]),
     ("run_distill", "--out {file}", ["--out", "is a file"]),
     ("run_distill", "--out {file}/run", ["file"]),
@@ -264,6 +267,7 @@ LOG_EDITS = {
     "row doubled": lambda text: text + text.split("\n")[-2] + "\n",
     "cell deleted": lambda text: text.replace(",", "", 20),
     "epoch is text": lambda text: text.replace("\n2,", "\ntwo,"),
+    "loss is text": lambda text: text.replace("\n2,6,", "\n2,six,"),
 }
 
 

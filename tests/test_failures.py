@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from rtd import files, logs
+from rtd import cli, files, logs
 
 
 def test_a_run_that_diverges_keeps_its_last_checkpoint(script, tmp_path):
@@ -108,6 +108,24 @@ def test_a_signal_within_a_checkpoint(script, tiny_run, tmp_path, monkeypatch, n
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == (2 if signals == 1 else 1)
     assert not list((tmp_path / "run").glob(".*.tmp"))
     assert_resumes(script, flags, tiny_run)
+
+
+def test_too_little_memory_and_a_compiler_that_fails_are_sentences(capsys):
+    inductor = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    for error, said in (
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory does not hold it"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "the memory does not hold it"),
+        (inductor("no g++"), "--compile: torch.compile does not work here"),
+    ):
+
+        def main(_, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main, None)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), None)
 
 
 def test_a_torchvision_of_another_torch_is_named(tmp_path):

@@ -54,7 +54,7 @@ def test_linear_probe_agrees_with_logistic_regression_on_separable_data(generato
     assert found == pytest.approx(reference, abs=1.0)
 
 
-def test_linear_probe_is_torchs_linear_layer_under_adamw(generator):
+def test_linear_probe_is_torchs_linear_layer_under_adamw(generator, monkeypatch):
     """The same steps through nn.Linear and torch's default AdamW, from the same draws."""
     (train_x, train_y), (test_x, test_y) = clusters(generator, n=300, spread=2.0)
     draws = torch.Generator().manual_seed(5)
@@ -62,14 +62,17 @@ def test_linear_probe_is_torchs_linear_layer_under_adamw(generator):
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -(20**-0.5), 20**-0.5, generator=draws)
     optimizer = torch.optim.AdamW(layer.parameters())
-    for _ in range(3):
+    for _ in range(30):
         for batch in torch.randperm(300, generator=draws).split(256):
             optimizer.zero_grad()
             nn.functional.cross_entropy(layer(train_x[batch]), train_y[batch]).backward()
             optimizer.step()
-    expected = 100 * (layer(test_x).argmax(1) == test_y).float().mean().item()
-    found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, torch.Generator().manual_seed(5), epochs=3)
-    assert found == pytest.approx(expected)
+    trained, plain = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda layer, **options: trained.extend(layer) or plain(layer, **options))
+    found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, torch.Generator().manual_seed(5), epochs=30)
+    for ours, expected in zip(trained, layer.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert found == pytest.approx(100 * (layer(test_x).argmax(1) == test_y).float().mean().item())
 
 
 def test_linear_probe_trains_even_where_gradients_are_off(generator):

@@ -48,6 +48,20 @@ def test_summary_is_of_the_seeds_of_each_setting(sweep):
         assert row["mean"] == pytest.approx(statistics.fmean(log[-1]["distance_total"] for log in logs))
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--subset", 40, 5000], "--subset 5000: digits has 1347"),
+        (["--subset", 40, 4], "--k 5: there are 4"),
+        (["--dataset", "digits", "cifar10"], "--data-dir"),
+    ],
+)
+def test_what_a_later_run_would_miss_is_refused_before_the_first(script, tmp_path, flags, said):
+    result = script("run_distill", *TINY, *flags, "--epochs", 1, "--out", tmp_path / "sweep")
+    assert result.code == 2 and said in result.err
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_stopped_sweep_goes_on_where_it_was(script, sweep, tmp_path):
     """One run finished, one in its first epoch, two not begun."""
     folder = tmp_path / "sweep"

@@ -1,11 +1,13 @@
 """Variants of distillation through the command line: a given teacher, one that moves, labels, other image sizes."""
 
+import json
+
 import pytest
 import torch
 from conftest import SUPERVISED, TINY
-from test_run_distill import assert_same_run, assert_same_tree, rows_without_timings
+from test_run_distill import assert_same_run, assert_same_tree
 
-from rtd import checkpoint
+from rtd import checkpoint, device, distill
 from rtd.logs import read_csv
 
 
@@ -92,13 +94,63 @@ def test_a_moving_teacher_goes_on_where_it_stood(script, tmp_path):
     ]
 
 
-def test_gamma_0_is_the_frozen_teacher_and_labels_change_the_loss(script, tiny_run, tmp_path):
-    script("run_distill", *TINY, "--epochs", 1, "--ema", 0, "--beta", 0, "--out", tmp_path / "none")
-    assert rows_without_timings(tmp_path / "none") == rows_without_timings(tiny_run)[:2]
+def test_labels_change_the_loss(script, tiny_run, tmp_path):
     script("run_distill", *TINY, "--epochs", 1, "--beta", 0.5, "--out", tmp_path / "beta")
-    without, with_labels = (read_csv(folder / "log.csv")[0] for folder in (tmp_path / "none", tmp_path / "beta"))
+    without, with_labels = (read_csv(folder / "log.csv")[0] for folder in (tiny_run, tmp_path / "beta"))
     assert with_labels["loss"] - without["loss"] == pytest.approx(0.5 * without["loss"], rel=0.1)  # both near log 64
     assert with_labels["kl"] == without["kl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "decays", "lr"),
+    [
+        ([], (0, 0), 0.001),
+        (["--weight-decay", 0.1, "--bias-decay", 0.01, "--lr", 0.02], (0.1, 0.01), 0.02),
+    ],
+)
+def test_the_optimizers_flags_reach_it(script, tmp_path, monkeypatch, flags, decays, lr):
+    """No decay of anything unless asked for; of weights and of biases and norms apart."""
+    made, plain = [], torch.optim.AdamW
+
+    def watched(groups, **options):
+        made.append((groups, options))
+        return plain(groups, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    assert script("run_distill", *TINY, *flags, "--probe", "none", "--epochs", 1, "--out", tmp_path / "run").code == 0
+    ((weights, others), options), *rest = made
+    assert not rest and options["lr"] == lr and set(options) == {"lr", "fused"}  # betas and eps are torch's
+    assert (weights["weight_decay"], others["weight_decay"]) == decays
+    assert {p.ndim for p in weights["params"]} == {2, 4} and {p.ndim for p in others["params"]} == {1}
+
+
+def test_bf16_starts_in_float32(script, tmp_path, monkeypatch):
+    """--fp32-steps of them, with TF32 off; and every step is one in training mode."""
+    seen, forward = [], distill.Distiller.forward
+
+    def watched(distiller, images, index, diagnostics=False, precision=None, labels=None):
+        seen.append((precision, distiller.student.training, torch.backends.cuda.matmul.allow_tf32))
+        return forward(distiller, images, index, diagnostics, precision, labels)
+
+    monkeypatch.setattr(distill.Distiller, "forward", watched)
+    for precision in ("bf16", "tf32"):
+        seen.clear()
+        flags = [*TINY, "--precision", precision, "--fp32-steps", 4, "--epochs", 2, "--probe", "none"]
+        assert script("run_distill", *flags, "--out", tmp_path / precision).code == 0
+        steps = seen[3:]  # after those of epoch 0
+        assert [which for which, *_ in steps] == ["fp32"] * 4 + [precision] * 2
+        assert all(training for _, training, _ in steps)
+        assert [tf32 for *_, tf32 in steps] == [False] * 4 + [precision == "tf32"] * 2
+    device.allow_tf32("fp32")
+
+
+def test_epochs_of_is_written_down_as_given(script, tmp_path):
+    flags = [*TINY, "--epochs", 1, "--epochs-of", 80, "--probe", "none", "--out", tmp_path / "run"]
+    assert script("run_distill", *flags).code == 0
+    assert len(read_csv(tmp_path / "run" / "log.csv")) == 3  # two epochs of 40 images
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["epochs"] == 1
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["config"]["flags"]["epochs"] == 1
+    assert script("run_distill", *flags, "--resume").code == 0  # nothing is left to do
 
 
 def test_save_every_saves_that_often_and_at_the_end(script, tmp_path):
