@@ -15,14 +15,14 @@ from test_run_distill import assert_same_tree
 TIMINGS = ("images_per_second", "seconds")
 KILLS = 10  # of each script
 RUNS = {
-    "run_distill": ([*TINY, "--epochs", "8"], ["log.csv"], ["checkpoint.pt", "best.pt"]),
+    "run_distill": ([*TINY, "--epochs", "4"], ["log.csv"], ["checkpoint.pt", "best.pt"]),
     "run_imp": ([*SUPERVISED, "--epochs", "3", "--rounds", "3"], ["imp.csv"], ["chains/init0-rewind0.pt"]),
     "run_lmc": (
         [*SUPERVISED, "--epochs", "3", "--runs", "2", "--points", "8"],
         ["lmc.csv", "barriers.csv"],
         ["runs/init0-run1.pt"],
     ),
-    "run_landscape": (["--x-range", "-1", "1", "9", "--y-range", "-1", "1", "9", "--probe", "knn"], ["landscape.csv"], []),
+    "run_landscape": (["--x-range", "-1", "1", "5", "--y-range", "-1", "1", "5", "--probe", "knn"], ["landscape.csv"], []),
 }
 
 
