@@ -153,7 +153,7 @@ def place(folder, point):
 
 def fig_5():
     half, near, far = (grid("shared", "train_kl", x, y) for x, y in ((0.5, 0.5), (1, 0), (0, 1)))
-    return f"train KL half-way between the students {half:.1e}, at them {near:.1e} and {far:.1e}"
+    return f"train KL at the grid points next to half-way between the students {half:.1e}, next to them {near:.1e} and {far:.1e}"
 
 
 def fig_8():
@@ -178,7 +178,7 @@ def fig_14():
 
 
 def encoder_kl(folder, points):
-    return "KL of embeddings: " + ", ".join(f"{name} {grid(folder, 'train_kl', *at):.2g}" for name, at in points.items())
+    return "KL of embeddings at " + ", ".join(f"{name} {grid(folder, 'train_kl', *at):.2g}" for name, at in points.items())
 
 
 ALPHAS = {0: "0", 0.2: ".2", 0.4: ".4", 0.6: ".6", 0.8: ".8", 1: "1"}
@@ -199,8 +199,8 @@ OURS = {
     "Fig. 12": fig_12,
     "Fig. 13": fig_13,
     "Fig. 14": fig_14,
-    "Fig. 15": lambda: encoder_kl("shared-encoder", {"theta*_S(0)": (1, 0), "theta*_S(1)": (0, 1)}),
-    "Fig. 16": lambda: encoder_kl("shared-encoder-crop", {"x = -0.02": (-0.02, 0), "x = +0.02": (0.02, 0)}),
+    "Fig. 15": lambda: encoder_kl("shared-encoder", {"the grid points next to theta*_S(0)": (1, 0), "theta*_S(1)": (0, 1)}),
+    "Fig. 16": lambda: encoder_kl("shared-encoder-crop", {"x = -0.0208": (-0.0208, 0), "x = +0.0208": (0.0208, 0)}),
     "Fig. 17": fig_17,
     "Fig. 18": fig_18,
 }
@@ -232,14 +232,14 @@ def lottery(name):
     return {row["round"]: row for row in read_csv(RESULTS / "lottery/imp.csv") if row["init"].endswith(f":{name}")}
 
 
-def barrier(name, file="barriers", bn="recompute"):
+def barrier(name, file="barriers", bn="recompute", of="test_barrier"):
     rows = read_csv(RESULTS / f"connectivity/{file}.csv")
-    of = {row["statistic"]: row["test_barrier"] for row in rows if row["init"].endswith(f":{name}") and row["bn"] == bn}
-    return f"{of['mean']:.2f} +- {of['std']:.2f}"
+    found = {row["statistic"]: row[of] for row in rows if row["init"].endswith(f":{name}") and row["bn"] == bn}
+    return f"{found['mean']:.2f} +- {found['std']:.2f}"
 
 
-def resnet_barriers(bn):
-    random, student = (barrier(name, "resnet18-barriers", bn) for name in ("student-init", "student"))
+def resnet_barriers(bn, of="test_barrier"):
+    random, student = (barrier(name, "resnet18-barriers", bn, of) for name in ("student-init", "student"))
     return f"{random} points from the random init, {student} from the student"
 
 
@@ -289,6 +289,7 @@ LARGE = "cifar10-10k/log.csv"
         lambda: f"error barrier {barrier('student-init')} points from the random init, {barrier('student')} from the student",
         lambda: "at x = -0.02 is {:.1f} times that at +0.02, and at -0.06 {:.0f} times that at +0.06".format(*valley()),
         lambda: f"statistics recomputed, {resnet_barriers('recompute')}; interpolated, {resnet_barriers('interpolate')}",
+        lambda: f"on the training images, statistics recomputed, {resnet_barriers('recompute', 'train_barrier')}",
         lambda: f"the student goes from {resnet_kept('student')}, the random init from {resnet_kept('student-init')}",
         lambda: untrained("vgg11", "VGG11", ("36.55", "44.92")),
         lambda: untrained("resnet18", "ResNet18", ("35.50", "37.65")),
