@@ -130,7 +130,7 @@ def fig_17():
 def fig_18():
     log = "fig18.csv"
     rounds = f"round 1: {last('fig1/seed0.csv', 'teacher_linear'):.1f} -> {last('fig1/seed0.csv', 'student_linear'):.1f} (final)"
-    return f"{rounds}; round 2: {last(log, 'teacher_linear'):.1f} -> {last(log, 'student_linear'):.1f}"
+    return f"{rounds}; round 2: {last(log, 'teacher_linear'):.1f} -> {last(log, 'student_linear'):.1f} (final)"
 
 
 def table_5():
