@@ -25,7 +25,7 @@ import torch
 from rtd import checkpoint, cli, distributed, logs, plot_sweep, plots, runs, stopping, sweeps
 from rtd.data import normalize
 from rtd.datasets import DATASETS, LABELLED
-from rtd.device import allow_tf32, describe, pick_device
+from rtd.device import describe, pick_device, tf32
 from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, distance, evaluate_start, load_teacher, weighted_mean
 from rtd.errors import Diverged
 from rtd.head import PAPERS, parse_slots
@@ -107,6 +107,7 @@ def main(args):
         if several:
             sweeps.check_folders(args, planned, several)
             sweeps.check_data(planned)
+            sweeps.clear_folder(args)
         for run in distributed.units(planned):
             with sweeps.noting_divergence(run.out) if several else contextlib.nullcontext():
                 distill(run, device)
@@ -148,7 +149,7 @@ def distill(args, device):
     data = data.with_normalization(normalization) if normalization else data
     probed = probed.with_normalization({"mean": data.mean, "std": data.std})
     reads = {args.teacher: checkpoint.sha256(args.teacher.rpartition(":")[0])} if args.teacher else {}
-    reads |= data.fingerprints() | {"--probe-dataset": probed.fingerprints()["the training images"]}
+    reads |= data.fingerprints() | {f"{name} of the probes": digest for name, digest in probed.fingerprints().items()}
     resumed = None
     if runs.open_folder(folder, given, device, MAY_CHANGE, PRODUCTS, reads) and (folder / "checkpoint.pt").exists():
         resumed = runs.load_progress(folder / "checkpoint.pt", args.epochs)
@@ -291,13 +292,13 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
         images = normalize(data.train.images[mine], data.mean, data.std)
         diagnostics = i in to_watch
         precision = "fp32" if step < args.fp32_steps else args.precision
-        allow_tf32(precision)
         optimizer.zero_grad()
-        result = trained(images, mine, diagnostics, precision, data.train.labels[mine])
-        loss = factor * result.loss
-        if device.type == "cpu" and distributed.world_size() == 1 and not torch.isfinite(loss):
-            stop_diverged(epoch, step + 1, args)
-        loss.backward()
+        with tf32(precision):
+            result = trained(images, mine, diagnostics, precision, data.train.labels[mine])
+            loss = factor * result.loss
+            if device.type == "cpu" and distributed.world_size() == 1 and not torch.isfinite(loss):
+                stop_diverged(epoch, step + 1, args)
+            loss.backward()
         optimizer.step()  # of the student alone
         if args.ema:
             teacher.follow(getattr(trained, "module", trained).student)

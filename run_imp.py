@@ -88,13 +88,15 @@ def main(args):
                     say_row(row)
                     logs.concatenate(args.out / "imp.csv", COLUMNS, table)
             except Diverged as error:
-                diverged.append(error)
+                diverged.append(str(error))  # the error itself would hold on to the network
+        diverged = distributed.gather(diverged)
         if distributed.is_main():
             kinds = {start.spec: start.kind for start in starts}
             if logs.concatenate(args.out / "imp.csv", COLUMNS, table):
                 cli.draw(args, plots.plot_imp, args.out / "imp.png", args.out / "imp.csv", kinds, f"{encoder} on {data.name}")
+        distributed.barrier()  # an error ends all processes at once
         if diverged:
-            raise Diverged(f"{len(diverged)} of {len(chains)} chains stopped early: {'; '.join(map(str, diverged))}")
+            raise Diverged(f"{len(diverged)} of {len(chains)} chains stopped early: {'; '.join(diverged)}")
 
 
 def check_rounds(args, architecture, num_classes):

@@ -93,9 +93,9 @@ def main(args):
             try:
                 train_run(end_path(args, i, run), start, run, data, args, device)
             except Diverged as error:
-                diverged.append(error)
-        if diverged:
-            raise Diverged(f"{len(diverged)} of {len(ends)} runs have no end: {'; '.join(map(str, diverged))}")
+                diverged.append(str(error))  # the error itself would hold on to the network
+        if diverged := distributed.gather(diverged):
+            raise Diverged(f"{len(diverged)} of {len(ends)} runs have no end: {'; '.join(diverged)}")
 
         modules = empty_classifier(starts[0].architecture, data.num_classes).modules()
         if not any(isinstance(module, torch.nn.BatchNorm2d) for module in modules):

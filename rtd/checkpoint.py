@@ -13,6 +13,7 @@ checkpoint holds:
 """
 
 import hashlib
+import sys
 
 import torch
 
@@ -29,11 +30,13 @@ KEYS = {"format", "model", "teacher", "student", "student_init", "data", "epoch"
 
 def save_state(path, state, format):
     """Write the dict ``state`` to ``path``, marked as ``format``: whole or not at all."""
+    handled = sys.exc_info()[1]  # a checkpoint may be written because something else happened
     with stopping.finishing(), atomic_write(path) as file:  # a file object: of a path, torch would store the temporary's name
         try:
             torch.save({"format": format, **state}, file)
         except RuntimeError as error:  # torch closes what it was writing, which fails too and hides why: a full disk, say
-            raise error.__context__ or error from None
+            why = error.__context__
+            raise error if why is None or why is handled else why from None
 
 
 def load_state(path, format, keys, of, mmap=True):

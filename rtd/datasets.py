@@ -7,6 +7,7 @@ its features are probed on another data set (paper Fig. 4).
 import contextlib
 import math
 import os
+import urllib.error
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def _published_split(name, data_dir, download, which):
     part = {"split": which} if name == "stl10" else {"train": which == "train"}
     try:
         found = source(data_dir, download=download, **part)
-    except OSError as error:
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         raise InputError(f"--download: {source.url} cannot be fetched ({error})") from error
     except RuntimeError as error:
         folder = Path(data_dir, source.base_folder)
@@ -119,7 +120,7 @@ def _npz_array(path, key, shape):
             version = np.lib.format.read_magic(file)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             (rows, *rest), fortran, dtype = read_header(file)
-            if tuple(rest) != shape or fortran or dtype not in (np.uint8, np.int64):
+            if tuple(rest) != shape or fortran or dtype.kind not in "ui" or (shape and dtype != np.uint8):
                 raise ValueError(f"{key} is of shape {(rows, *rest)} and type {dtype}")
             if file.tell() + rows * math.prod(shape) * dtype.itemsize != archive.getinfo(f"{key}.npy").file_size:
                 raise ValueError(f"{key} does not hold the {rows} rows that it says")

@@ -1,6 +1,8 @@
 """Where and in which precision a run computes."""
 
+import contextlib
 import os
+import platform
 
 import torch
 
@@ -14,7 +16,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 def pick_device(name, deterministic=False):
     """The torch.device for ``--device``; auto takes CUDA, then MPS, then the CPU. Under torchrun each process its own GPU.
 
-    TF32 is off until ``allow_tf32`` asks for it: torch's own default has it on for convolutions and off for matrix products.
+    TF32 is off but within ``tf32``: torch's own default has it on for convolutions and off for matrix products.
     deterministic: let torch use only algorithms that give the same bits each time, for the whole process. On CPUs all that is
     used here do anyway; on GPUs some faster ones do not.
     """
@@ -28,7 +30,7 @@ def pick_device(name, deterministic=False):
     if not has[name]:
         available = ", ".join(kind for kind in has if has[kind])
         raise InputError(f"--device {name}: torch sees no such device here; available: {available}")
-    allow_tf32("fp32")
+    _allow_tf32(False)
     if name == "cuda" and distributed.launched():
         if distributed.local_rank() >= torch.cuda.device_count():
             raise InputError(f"torchrun: --nproc-per-node must be at most {torch.cuda.device_count()}, the number of GPUs here")
@@ -38,9 +40,18 @@ def pick_device(name, deterministic=False):
     return torch.device(name)
 
 
-def allow_tf32(precision):
-    """From now on, with precision "tf32", let CUDA round the factors of float32 products to TF32's 10 bits; else not."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+@contextlib.contextmanager
+def tf32(precision):
+    """Within the block, of training, with precision "tf32", CUDA rounds the factors of float32 products to TF32's 10 bits."""
+    _allow_tf32(precision == "tf32")
+    try:
+        yield
+    finally:
+        _allow_tf32(False)
+
+
+def _allow_tf32(allowed):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def autocast(device, precision):
@@ -52,8 +63,9 @@ def autocast(device, precision):
 
 
 def lacks_bf16(device):
-    """Whether it is a CPU without instructions for bf16, which emulates its products in many times what fp32 takes."""
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """Whether it is a CPU on which bf16 products take many times what fp32 takes: of Intel's or AMD's, without AVX-512."""
+    x86 = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 def describe(device, precision):

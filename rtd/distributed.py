@@ -140,14 +140,28 @@ def broadcast_object(value):
     return box[0]
 
 
+def gather(values):
+    """The lists ``values`` of all processes (of any picklable objects) as one, each value once, in every process."""
+    lists = [values]
+    if world_size() > 1:
+        lists = [None] * world_size()
+        dist.all_gather_object(lists, values)
+    return list(dict.fromkeys(value for one in lists for value in one))
+
+
 @contextlib.contextmanager
 def main_first():
-    """The block runs in the main process, then in the others: what one downloads or caches, the others find."""
+    """The block runs in the main process, then in the others: what one downloads or caches, the others find.
+
+    What is wrong with it is an error in each of them, by itself.
+    """
     if not is_main():
         barrier()
-    yield
-    if is_main():
-        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
 
 
 def barrier():

@@ -34,12 +34,11 @@ def open_folder(folder, args, device, may_change, products, reads=None):
         _check_same_run(config, args, may_change, reads)
     distributed.barrier()  # all have looked before the main process writes
     if distributed.is_main():
-        if args.overwrite and used:
-            for pattern in products:
-                for path in folder.glob(pattern):
-                    path.unlink()
-        for half_written in folder.rglob(".*.tmp"):  # by ``atomic_write``, when the run was killed
-            half_written.unlink()
+        for pattern in map(Path, products):
+            for path in folder.glob(str(pattern)) if args.overwrite and used else ():
+                path.unlink()
+            for half_written in folder.glob(str(pattern.with_name(f".{pattern.name}.*.tmp"))):  # by ``atomic_write``, if killed
+                half_written.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         if not continued:
             logs.write_json(config, logs.provenance(args, device) | ({"reads": reads} if reads else {}))
@@ -62,8 +61,7 @@ def _check_same_run(config, args, may_change, reads):
         was = ", ".join(f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}" for name in changed)
         raise InputError(f"--resume: {config.parent} was run with other flags ({was}); use those, or another --out")
     if replaced:
-        is_not = "are not what they were" if replaced[0].endswith("s") else "is not what it was"
-        raise InputError(f"--resume: {replaced[0]} {is_not} when {config.parent} was begun; give another --out")
+        raise InputError(f"--resume: {replaced[0]} changed since {config.parent} was begun; give another --out")
 
 
 def load_progress(path, epochs):

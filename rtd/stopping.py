@@ -1,7 +1,7 @@
 """Ctrl-C, and SIGTERM, a cluster's warning before it kills: training stops after the step it is in, with the step's result saved.
 
 Elsewhere (while probing, between epochs) and in training on several processes they stop a run at once, or as soon as the
-checkpoint that is being written stands: what it holds stands. A second signal is obeyed at once everywhere.
+checkpoint that is being written stands: what it holds stands. A second signal, while one waits, is obeyed at once.
 """
 
 import contextlib

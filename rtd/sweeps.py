@@ -57,10 +57,6 @@ def check_folders(args, planned, several):
         over = list(rows[0])[: list(rows[0]).index("quantity")] if "quantity" in rows[0] else None
         if over != names:
             raise InputError(f"--resume: {summary} is of a sweep over other flags than {names or ['seed']}; give another --out")
-    distributed.barrier()  # all have looked before the main process deletes, or anyone begins
-    if args.overwrite and distributed.is_main():
-        for product in PRODUCTS:
-            (args.out / product).unlink(missing_ok=True)
 
 
 def check_data(planned):
@@ -70,6 +66,14 @@ def check_data(planned):
         if (key := (run.dataset, run.subset, run.out_dim)) not in seen:
             seen.add(key)
             cli.check_k(run, cli.load_sources(run)[1])
+
+
+def clear_folder(args):
+    """With --overwrite, delete what an earlier sweep's summing up left in --out."""
+    distributed.barrier()  # all have looked before the main process deletes, or anyone begins
+    if args.overwrite and distributed.is_main():
+        for product in PRODUCTS:
+            (args.out / product).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

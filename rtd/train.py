@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from rtd import distributed, stopping
 from rtd.augmentation import augment, draw_augmentation
 from rtd.data import normalize
-from rtd.device import allow_tf32, autocast
+from rtd.device import autocast, tf32
 from rtd.errors import Diverged, InputError
 from rtd.progress import progress
 
@@ -74,7 +74,8 @@ class Trainer:
         ``Stopped`` between steps leaves a ``state`` from which the epoch goes on where it stopped.
         """
         began = time.perf_counter()
-        self.train_epoch()
+        with tf32(self.precision):
+            self.train_epoch()
         accuracy, _ = evaluate(self.classifier, self.data.test, self.data.mean, self.data.std, self.precision)
         self.accuracies.append(accuracy)
         self.seconds += time.perf_counter() - began
@@ -90,7 +91,6 @@ class Trainer:
         batches = order.to(device).split(self.batch_size)
         done = len(self.losses)  # not 0 if the epoch goes on
         self._trained.train()
-        allow_tf32(self.precision)
         bar = progress(batches[done:], f"{self.name}, epoch {self.epoch + 1}", "steps")
         for step, batch in enumerate(stopping.steps(bar), done):
             mine, factor = distributed.share(batch)  # all of the batch, and 1, in a single process

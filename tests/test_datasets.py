@@ -1,5 +1,6 @@
 """Published data sets, and the images that are only distilled on: unlabelled STL-10, CIFAR-5M and noise."""
 
+import errno
 import os
 import urllib.error
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_a_download_that_fails_names_its_address(tmp_path, monkeypatch, error, s
         load_dataset("cifar100", tmp_path, download=True)
 
 
+def test_a_file_that_cannot_be_read_is_not_blamed_on_the_download(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "data_batch_3")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "__init__", refuse)
+    for download in (False, True):
+        with pytest.raises(PermissionError, match="data_batch_3"):
+            load_dataset("cifar10", tmp_path, download=download)
+
+
 def test_images_of_another_size_are_resized_once(tmp_path, monkeypatch):
     class Source(torchvision.datasets.CIFAR100):
         def __init__(self, root, download=False, train=True):
@@ -137,6 +148,8 @@ def test_cifar5m_is_cifar10_first_then_the_parts_in_order(cifar10, cifar5m):
         assert torch.equal(loaded.images[:60], cifar10.train.images)
         np.testing.assert_array_equal(loaded.images[60:].permute(0, 2, 3, 1), images[:count])
         np.testing.assert_array_equal(loaded.labels[60:], labels[:count])
+    np.savez(folder / "cifar5m_part1.npz", X=images[25_000:], Y=labels[25_000:].astype(np.int32))  # any integers
+    np.testing.assert_array_equal(load_dataset("cifar5m", folder, probed=cifar10).train.labels[60:], labels)
 
 
 def test_below_cifar10s_size_cifar5m_is_a_balanced_part_of_it(cifar10, tmp_path):

@@ -1,6 +1,7 @@
 """Bad input: one sentence on stderr that names it, exit code 2, no traceback, nothing written and nothing overwritten."""
 
 import os
+import platform
 import shutil
 
 import pytest
@@ -142,9 +143,10 @@ def without(flags, given):
     return kept
 
 
-@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])
 def test_bf16_without_instructions_for_it_is_said(script, tmp_path, monkeypatch, capability, warned):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     result = script("run_distill", *TINY, "--epochs", 0, "--probe", "none", "--precision", "bf16", "--out", tmp_path / "run")
     assert result.code == 0 and ("no instructions for it" in result.out) == warned
 

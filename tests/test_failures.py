@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, SUPERVISED, TINY
+from processes import start_two
 
-from rtd import cli, files, logs
+from rtd import checkpoint, cli, files, logs, stopping
 
 
 def test_a_run_that_diverges_keeps_its_last_checkpoint(script, tmp_path):
@@ -32,6 +33,30 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(script, tmp_path):
     for word in ("not finite", "epoch", "step", "--lr"):
         assert word in result.err
     assert path.read_bytes() == saved
+
+
+@pytest.mark.parametrize(("name", "what"), [("run_imp", "chains stopped early"), ("run_lmc", "runs have no end")])
+def test_what_diverges_in_one_of_two_processes_is_known_in_both(tmp_path, name, what):
+    more = ["--rounds", 1, "--init", "random:1", "random:2"] if name == "run_imp" else ["--runs", 2]
+    processes = start_two(name, *SUPERVISED, *more, "--epochs", 1, "--lr", 1e30, "--out", tmp_path / "run")
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 1 and f"2 of 2 {what}" in err and err.count("\n") == 1
+
+
+def test_bad_data_is_a_sentence_in_each_of_two_processes(tmp_path):
+    for process in start_two("run_distill", *TINY, "--subset", 5000, "--out", tmp_path / "run"):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 2 and "--subset 5000" in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_that_fails_after_a_signal_is_not_called_a_stop(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("this is why")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(RuntimeError, match="this is why"), stopping.saving(lambda: checkpoint.save_state(tmp_path / "x", {}, "")):
+        raise stopping.Stopped(signal.SIGINT, between_steps=True)
 
 
 @pytest.mark.parametrize("failing", ["log.csv", "checkpoint.pt", "config.json"])

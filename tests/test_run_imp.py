@@ -243,7 +243,7 @@ def test_starts_from_checkpoints_are_recorded_and_drawn(tiny_run, script, tmp_pa
 
     path.write_bytes((tiny_run / "best.pt").read_bytes() + b" ")
     result = script("run_imp", *flags, "--resume")
-    assert result.code == 2 and "is not what it was" in result.err
+    assert result.code == 2 and "changed since" in result.err
 
 
 def test_a_file_of_another_run_is_refused(imp_run, script, tmp_path):

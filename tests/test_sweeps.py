@@ -103,6 +103,8 @@ def test_a_run_that_diverges_does_not_end_the_sweep(script, tmp_path):
 def test_overwriting_deletes_the_old_summary(script, tmp_path):
     flags = [*TINY, "--epochs", 1, "--out", tmp_path / "sweep"]
     assert script("run_distill", *flags, "--lr", 0.001, 0.002).code == 0
+    assert script("run_distill", *flags, "--lr", 0.001, "--subset", 40, 5000, "--overwrite").code == 2
+    assert (tmp_path / "sweep" / "summary.csv").exists()
     assert script("run_distill", *flags, "--lr", 1e30, 1e29, "--overwrite").code == 1
     assert not (tmp_path / "sweep" / "summary.csv").exists()
 

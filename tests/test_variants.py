@@ -7,7 +7,7 @@ import torch
 from conftest import SUPERVISED, TINY
 from test_run_distill import assert_same_run, assert_same_tree
 
-from rtd import checkpoint, device, distill
+from rtd import checkpoint, distill
 from rtd.logs import read_csv
 
 
@@ -69,7 +69,7 @@ def test_a_changed_teacher_is_noticed_on_resume(script, tiny_run, tmp_path):
     path.write_bytes((tiny_run / "best.pt").read_bytes())
     result = script("run_distill", *flags, "--epochs", 2, "--resume")
     assert result.code == 2
-    assert "is not what it was" in result.err
+    assert "changed since" in result.err
 
 
 def test_a_moving_teacher_goes_on_where_it_stood(script, tmp_path):
@@ -125,23 +125,29 @@ def test_the_optimizers_flags_reach_it(script, tmp_path, monkeypatch, flags, dec
 
 
 def test_bf16_starts_in_float32(script, tmp_path, monkeypatch):
-    """--fp32-steps of them, with TF32 off; and every step is one in training mode."""
+    """--fp32-steps of them, with TF32 off, as it is between steps and in the next run; and every step is in training mode."""
     seen, forward = [], distill.Distiller.forward
+    answered, answer = [], distill.FrozenTeacher.__init__
 
     def watched(distiller, images, index, diagnostics=False, precision=None, labels=None):
         seen.append((precision, distiller.student.training, torch.backends.cuda.matmul.allow_tf32))
         return forward(distiller, images, index, diagnostics, precision, labels)
 
+    def answering(*args, **options):
+        answered.append(torch.backends.cuda.matmul.allow_tf32)
+        answer(*args, **options)
+
     monkeypatch.setattr(distill.Distiller, "forward", watched)
+    monkeypatch.setattr(distill.FrozenTeacher, "__init__", answering)
     for precision in ("bf16", "tf32"):
         seen.clear()
-        flags = [*TINY, "--precision", precision, "--fp32-steps", 4, "--epochs", 2, "--probe", "none"]
+        flags = [*TINY, "--precision", precision, "--fp32-steps", 4, "--epochs", 2, "--probe", "none", "--seed", 0, 1]
         assert script("run_distill", *flags, "--out", tmp_path / precision).code == 0
-        steps = seen[3:]  # after those of epoch 0
-        assert [which for which, *_ in steps] == ["fp32"] * 4 + [precision] * 2
-        assert all(training for _, training, _ in steps)
-        assert [tf32 for *_, tf32 in steps] == [False] * 4 + [precision == "tf32"] * 2
-    device.allow_tf32("fp32")
+        assert len(seen) == 2 * 9  # for each seed three of epoch 0, then two epochs of three steps
+        assert [which for which, *_ in seen] == 2 * (["fp32"] * 7 + [precision] * 2)
+        assert all(training for _, training, _ in seen)
+        assert [tf32 for *_, tf32 in seen] == 2 * ([False] * 7 + [precision == "tf32"] * 2)
+        assert not any(answered) and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_epochs_of_is_written_down_as_given(script, tmp_path):
