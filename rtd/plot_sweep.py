@@ -40,7 +40,7 @@ class _Sweep:
             line(axis, rows, column, self.color(key), " ".join(key), self.style(key))
         axis.set(xlabel="epoch")
         if axis.lines and len(self.logs) <= 12:
-            axis.legend(frameon=False, fontsize="x-small")
+            axis.legend(edgecolor="none", fontsize="x-small")  # on white, that lets curves shine through
 
     def summary(self, axis, columns, which):
         """The best (``which`` 0) or final (1) values of ``columns`` {name: (color, label)} against the flag on the x axis."""
@@ -62,7 +62,7 @@ class _Sweep:
         if not self.numbers or self.x in SCALES:  # a mark for each value
             axis.set_xticks(list(self.places.values()), list(self.places), rotation=30, ha="right", fontsize="x-small")
         if axis.lines:
-            axis.legend(frameon=False, fontsize="x-small")
+            axis.legend(edgecolor="none", fontsize="x-small")  # on white, that lets curves shine through
 
 
 def _has(logs, column):
