@@ -157,8 +157,12 @@ def fig_5():
 
 
 def fig_8():
-    who = f"student {kept('student')}, random {kept('student-init')}"
-    return f"all to {remaining()} % of the weights: {who}"
+    parts = []
+    for name, file, rounds in (("ResNet20", "resnet20", 7), ("VGG11", "imp", 6)):
+        student, random = (kept(who, file, rounds) for who in ("student", "student-init"))
+        of = " of the weights" * (not parts)
+        parts.append(f"{name}, all to {remaining(file, rounds)} %{of}: student {student}, random {random}")
+    return "; ".join(parts)
 
 
 def fig_9():
@@ -227,9 +231,9 @@ def valley():
     return [rows[-x] / rows[x] for x in (0.02, 0.06)]
 
 
-def lottery(name):
-    """{round: row} of results/lottery."""
-    return {row["round"]: row for row in read_csv(RESULTS / "lottery/imp.csv") if row["init"].endswith(f":{name}")}
+def lottery(name, file):
+    """{round: row} of results/lottery/``file``.csv."""
+    return {row["round"]: row for row in read_csv(RESULTS / f"lottery/{file}.csv") if row["init"].endswith(f":{name}")}
 
 
 def barrier(name, file="barriers", bn="recompute", of="test_barrier"):
@@ -243,18 +247,26 @@ def resnet_barriers(bn, of="test_barrier"):
     return f"{random} points from the random init, {student} from the student"
 
 
-def resnet_kept(name):
-    rows = [row for row in read_csv(RESULTS / "lottery/resnet18.csv") if row["init"].endswith(f":{name}")]
-    return f"{rows[0]['test_accuracy']:.1f} to {rows[-1]['test_accuracy']:.1f} %"
+def kept(name, file, rounds, digits=2):
+    rows = lottery(name, file)
+    return f"{rows[0]['test_accuracy']:.{digits}f} to {rows[rounds]['test_accuracy']:.{digits}f}"
 
 
-def kept(name):
-    rows = lottery(name)
-    return f"{rows[0]['test_accuracy']:.2f} to {rows[6]['test_accuracy']:.2f}"
+def remaining(file, rounds):
+    left = 100 * (1 - lottery("student", file)[rounds]["sparsity"])
+    return f"{left:.0f}" if left > 20 else f"{left:.1f}"
 
 
-def remaining():
-    return f"{100 * (1 - lottery('student')[6]['sparsity']):.0f}"
+def lottery_row(file, rounds, digits=2):
+    random, student = (kept(name, file, rounds, digits) for name in ("student-init", "student"))
+    return (
+        f"{rounds} rounds ([numbers](results/lottery/{file}.csv)) | 100 % to {remaining(file, rounds)} % | {random} | {student} |"
+    )
+
+
+def rounds_ahead():
+    student, random = ([row["test_accuracy"] for row in lottery(who, "resnet20").values()] for who in ("student", "student-init"))
+    return sum(s > r for s, r in zip(student, random, strict=True)), len(student)
 
 
 def untrained(name, title, paper):
@@ -284,13 +296,14 @@ LARGE = "cifar10-10k/log.csv"
     [
         lambda: f"{last(LARGE, 'student_linear'):.1f} % against {last(LARGE, 'teacher_linear'):.1f} % (linear probe)",
         lambda: f"{last(LARGE, 'student_knn'):.1f} % against {last(LARGE, 'teacher_knn'):.1f} % (20-NN)",
-        lambda: f"down to {remaining()} % of the weights, the student goes from {kept('student')} %",
-        lambda: f"the random init from {kept('student-init')} %",
+        lambda: lottery_row("resnet20", 7),
+        lambda: lottery_row("imp", 6),
+        lambda: lottery_row("resnet18", 3, digits=1),
+        lambda: "ahead in {} of ResNet20's {} rounds".format(*rounds_ahead()),
         lambda: f"error barrier {barrier('student-init')} points from the random init, {barrier('student')} from the student",
         lambda: "at x = -0.02 is {:.1f} times that at +0.02, and at -0.06 {:.0f} times that at +0.06".format(*valley()),
         lambda: f"statistics recomputed, {resnet_barriers('recompute')}; interpolated, {resnet_barriers('interpolate')}",
         lambda: f"on the training images, statistics recomputed, {resnet_barriers('recompute', 'train_barrier')}",
-        lambda: f"the student goes from {resnet_kept('student')}, the random init from {resnet_kept('student-init')}",
         lambda: untrained("vgg11", "VGG11", ("36.55", "44.92")),
         lambda: untrained("resnet18", "ResNet18", ("35.50", "37.65")),
         resnets,
