@@ -135,9 +135,12 @@ def fig_18():
 
 def table_5():
     names = dict(vgg11="VGG11", vgg13="VGG13", vgg16="VGG16", vgg19="VGG19", resnet20="ResNet20", resnet56="ResNet56")
-    names |= {"resnet18": "ResNet18", "vit-base": "ViT-Base"}
+    names |= {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50", "vit-tiny": "ViT-Tiny"}
+    names |= {"vit-small": "ViT-Small", "vit-medium": "ViT-Medium", "vit-base": "ViT-Base"}
     cells = [f"{name} {mean('table5', 'teacher_linear', encoder=encoder)}" for encoder, name in names.items()]
-    return "untrained: " + ", ".join(cells)
+    log = "table5/resnet20-student.csv"
+    student = f"{last(log, 'teacher_linear'):.1f} -> {best(log, 'student_linear'):.1f}"
+    return f"untrained: {', '.join(cells)}; ResNet20, 10,000 images: {student}"
 
 
 def grid(folder, column, x, y):
