@@ -76,6 +76,7 @@ def test_gradients_add_up_over_batches_and_are_not_confused(generator):
         losses[0].backward()
 
 
+@pytest.mark.slow
 def test_fifty_steps_from_alpha_05_end_at_the_plain_loss(generator):
     teacher, student = pair()
     twin = copy.deepcopy(student)

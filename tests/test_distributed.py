@@ -26,7 +26,7 @@ def test_shares_partition_the_batch_and_their_factors_restore_its_mean(monkeypat
             assert total == pytest.approx(values[:size].mean().item())
 
 
-@pytest.mark.parametrize(("encoder", "begin"), [("vgg11", start_two), ("resnet20", torchrun)])
+@pytest.mark.parametrize(("encoder", "begin"), [pytest.param("vgg11", start_two, marks=pytest.mark.slow), ("resnet20", torchrun)])
 def test_two_processes_train_as_one(script, tmp_path, encoder, begin):
     """VGG11 to 1e-4; with batch norm each CPU process has its own batch statistics, so only the promise of a note holds."""
     flags = [*TINY, "--encoder", encoder, "--alpha", "0.5", "--epochs", "2", "--log-every", "1", "--probe", "knn"]

@@ -182,7 +182,8 @@ def stop_in_epoch(monkeypatch, number):
     monkeypatch.setattr(Trainer, "train_epoch", interrupted)
 
 
-@pytest.mark.parametrize("save_every", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("save_every", [2, 1])
 def test_interrupted_anywhere_and_resumed_equals_unbroken(imp_run, script, tmp_path, monkeypatch, save_every):
     flags = (*FLAGS, "--out", tmp_path / "run", "--resume", "--save-every", save_every)
     for number in (1, 3, 2, 4):
@@ -346,6 +347,7 @@ def test_a_chain_that_diverges_does_not_keep_the_others_from_their_end(script, t
     assert [row["init"] for row in read_csv(tmp_path / "run" / "imp.csv")] == ["random:2"] * 2
 
 
+@pytest.mark.slow
 def test_flags_of_training_reach_it(script, tmp_path, tiny_run, monkeypatch):
     """--lr, --precision, --batch-size, and the normalisation that a checkpoint's weights were distilled with."""
     contents = torch.load(tiny_run / "checkpoint.pt", weights_only=True)

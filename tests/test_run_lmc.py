@@ -152,6 +152,7 @@ def test_killed_and_resumed_equals_unbroken(lmc_run, tmp_path, epoch_of_run):
             assert_same_tree(one[part], two[part])
 
 
+@pytest.mark.slow
 def test_lines_are_redrawn_without_training_and_a_trained_end_that_changed_is_seen(lmc_run, script, tmp_path):
     flags = [*FLAGS, "--out", tmp_path / "run"]
     assert script("run_lmc", *flags).code == 0

@@ -62,6 +62,7 @@ def test_what_a_later_run_would_miss_is_refused_before_the_first(script, tmp_pat
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_where_it_was(script, sweep, tmp_path):
     """One run finished, one in its first epoch, two not begun."""
     folder = tmp_path / "sweep"
@@ -80,7 +81,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(script, sweep, tmp_path):
         assert_same_run(folder / name, tmp_path / "whole" / name)
 
 
-@pytest.mark.parametrize("flags", ["--alpha 0 0.5", "--norm batch none --seed 0 1", "--out-dim 8 64 --encoder resnet20 vgg11"])
+@pytest.mark.parametrize("flags", ["--alpha 0 0.5", "--norm batch none --seed 0 1", "--out-dim 8 64 --norm batch layer"])
 def test_sweeps_are_drawn(script, tmp_path, flags):
     tiny = [flag for flag in TINY if flag != "--no-plot"]
     result = script("run_distill", *tiny, "--epochs", 1, *flags.split(), "--out", tmp_path)
@@ -140,6 +141,7 @@ def test_bottlenecks_are_swept_by_their_slots(script, tmp_path):
     assert_same_run(tmp_path / "raw", tmp_path / "sweep" / "bottleneck-.lb.fn.-.l.-")
 
 
+@pytest.mark.slow
 def test_steps_stay_the_same_when_the_number_of_images_grows(script, tmp_path):
     """Fig. 4: int(3 * 20 / n) epochs of n images, the probes on all 40 images of their own set."""
     flags = ["--dataset", "digits", "noise", "--subset", 10, 20, 39, "--epochs", 3, "--epochs-of", 20, "--batch-size", 5]

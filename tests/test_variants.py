@@ -72,6 +72,7 @@ def test_a_changed_teacher_is_noticed_on_resume(script, tiny_run, tmp_path):
     assert "changed since" in result.err
 
 
+@pytest.mark.slow
 def test_a_moving_teacher_goes_on_where_it_stood(script, tmp_path):
     flags = [*TINY, "--ema", 0.3, "--lr", 0.01]
     script("run_distill", *flags, "--epochs", 3, "--out", tmp_path / "whole")
@@ -167,6 +168,7 @@ def test_save_every_saves_that_often_and_at_the_end(script, tmp_path):
     assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["epoch"] == 5
 
 
+@pytest.mark.slow
 def test_images_of_64_pixels_go_through_every_script(script, tmp_path):
     """The flag must be repeated: what was learnt at 64 pixels is refused at 32."""
     script("run_distill", *TINY, "--epochs", 1, "--image-size", 64, "--norm", "layer", "--out", tmp_path / "run")
