@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--teacher-temperature", type=cli.positive_float, default=1.0, help="the teacher's outputs are divided by it")
     add("--student-temperature", type=cli.positive_float, default=1.0, help="the student's outputs are divided by it")
     add("--seed", type=cli.non_negative_int, nargs="+", default=[0], help="* several: mean and standard deviation")
-    add("--fp32-steps", type=cli.non_negative_int, default=100, metavar="N", help="under bf16, N first steps in fp32 (README)")
+    add("--fp32-steps", type=cli.non_negative_int, default=100, help="first steps in fp32 whatever --precision is (README)")
     add("--compile", action="store_true", help="torch.compile the student; pays off on GPUs, after a minute")
     cli.add_probe_flags(parser)
     cli.add_device_flags(parser)
