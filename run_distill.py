@@ -84,7 +84,7 @@ def parse_args(argv=None):
     cli.add_output_flags(parser)
     add = parser.add_argument_group("log").add_argument
     add("--probe-every", type=cli.positive_int, default=1, metavar="EPOCHS", help="also before training and after the last epoch")
-    add("--log-every", type=cli.positive_int, default=30, metavar="STEPS", help="KL and entropies on every n-th step")
+    add("--log-every", type=cli.positive_int, default=30, metavar="N", help="KL and entropies every n steps, 5 an epoch at least")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"
     args.probe = cli.chosen_probes(parser, args.probe)
@@ -174,11 +174,10 @@ def distill(args, device):
         lr=args.lr,
         fused=device.type != "mps",
     )
-    batch_order = random_stream(args.seed, "batch-order")
     done, best, seconds, baselines, so_far = -1, -math.inf, 0.0, None, None
     if resumed is not None:
         done = resumed["epoch"]
-        best, seconds, baselines, so_far = runs.restore(resumed, student, optimizer, batch_order, folder)
+        best, seconds, baselines, so_far = runs.restore(resumed, student, optimizer, folder)
         teacher.load_state_dict(resumed["teacher"])  # with --ema it has moved
         cli.say(f"resumed after epoch {done}" + (f", step {resumed['step']}" if so_far["losses"] else ""))
 
@@ -219,10 +218,10 @@ def distill(args, device):
             "config": config,
         }
 
-    def save(epoch, stream, so_far):
-        """checkpoint.pt, after an epoch and maybe some steps of the next: ``so_far``, in an order drawn from ``stream``."""
+    def save(epoch, so_far):
+        """checkpoint.pt, after an epoch and maybe some steps of the next: ``so_far``."""
         step = epoch * steps + len(so_far["losses"])
-        saved = {"optimizer": optimizer.state_dict(), "generators": {"batch-order": stream}, "so_far": so_far}
+        saved = {"optimizer": optimizer.state_dict(), "so_far": so_far}
         saved |= {"baselines": baselines, "best": best, "seconds": seconds + time.perf_counter() - began}
         checkpoint.save_checkpoint(folder / "checkpoint.pt", contents(epoch, step) | {"progress": saved})
 
@@ -234,9 +233,8 @@ def distill(args, device):
         else:
             training_began = time.perf_counter()
             so_far = so_far or runs.nothing_yet()
-            stream = batch_order.get_state()
-            order = torch.randperm(len(data.train), generator=batch_order)
-            with stopping.saving(functools.partial(save, epoch - 1, stream, so_far)):
+            order = torch.randperm(len(data.train), generator=random_stream(args.seed, "batch-order", epoch))
+            with stopping.saving(functools.partial(save, epoch - 1, so_far)):
                 row |= train_epoch(trained, optimizer, data, order, epoch, args, so_far, followed)
             row["images_per_second"] = len(data.train) / (time.perf_counter() - training_began)
             so_far = None
@@ -256,7 +254,7 @@ def distill(args, device):
             best = judged
             checkpoint.save_checkpoint(folder / "best.pt", contents(epoch, epoch * steps))
         if epoch % args.save_every == 0 or epoch == args.epochs:
-            save(epoch, batch_order.get_state(), runs.nothing_yet())
+            save(epoch, runs.nothing_yet())
     report(args)
 
 
@@ -284,7 +282,8 @@ def train_epoch(trained, optimizer, data, order, epoch, args, so_far, teacher):
     batches = order.to(device).split(args.batch_size)
     losses, watched = so_far["losses"], so_far["watched"]
     first, done = (epoch - 1) * len(batches), len(losses)
-    to_watch = [i for i in range(len(batches)) if i == 0 or (first + i) % args.log_every == 0]
+    every = min(args.log_every, max(1, (len(batches) - 1) // 4))  # a short epoch is looked at five times too
+    to_watch = sorted({*range(0, len(batches), every), len(batches) - 1})
     bar = progress(batches[done:], f"epoch {epoch}", "steps") if distributed.is_main() else batches[done:]
     for i, batch in enumerate(stopping.steps(bar), done):
         step = first + i

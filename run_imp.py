@@ -28,7 +28,7 @@ COLUMNS = ("init", "rewind_epoch", "round", "sparsity", "remaining_parameters", 
 COLUMNS += ("epochs", "seconds")
 PRODUCTS = ("config.json", "imp.csv", "imp.png", "chains/init*-rewind*")
 MAY_CHANGE = ("rounds", "out", "resume", "overwrite", "save_every", "no_plot", "data_dir", "download", "device")  # on --resume
-FORMAT = "rtd-imp-1"
+FORMAT = "rtd-imp-2"
 KEYS = {"round", "masks", "rewind", "training", "config"}
 
 
@@ -114,8 +114,7 @@ def run_chain(path, start, rewind_epoch, data, args, device):
     """
     data = replace(data, mean=start.mean, std=start.std)
     classifier = build_classifier(start, data.num_classes, random_stream(args.seed, "fc-init")).to(device)
-    generators = {name: random_stream(args.seed, name) for name in ("batch-order", "augmentation")}
-    trainer = Trainer(classifier, data, args.epochs, generators, args.lr, args.batch_size, args.precision)
+    trainer = Trainer(classifier, data, args.epochs, (args.seed,), args.lr, args.batch_size, args.precision)
     weights = pruning.prunable(classifier, args.prune)
     masks = pruning.dense_masks(weights)
     total = pruning.remaining(masks)

@@ -27,7 +27,7 @@ from rtd.data import take
 from rtd.device import autocast, describe, pick_device
 from rtd.errors import Diverged, InputError
 from rtd.init import random_stream
-from rtd.interpolation import error_barrier, gammas, interpolate, recompute_batch_norm_
+from rtd.interpolation import error_barrier, interpolate, recompute_batch_norm_
 from rtd.train import Trainer, evaluate
 
 MEASURED = ("train_error", "test_error", "train_loss", "test_loss")
@@ -126,8 +126,7 @@ def train_run(path, start, run, data, args, device):
     """Train from ``start``; runs of one start differ in batch order and augmentation alone. Saved to ``path`` between epochs."""
     data = replace(data, mean=start.mean, std=start.std)
     classifier = build_classifier(start, data.num_classes, random_stream(args.seed, "fc-init")).to(device)
-    generators = {name: random_stream(args.seed, name, run) for name in ("batch-order", "augmentation")}
-    trainer = Trainer(classifier, data, args.epochs, generators, args.lr, args.batch_size, args.precision)
+    trainer = Trainer(classifier, data, args.epochs, (args.seed, run), args.lr, args.batch_size, args.precision)
     trainer.name = f"{start.spec}, run {run}"
     contents = {"config": logs.provenance(args, device), "model": start.architecture}
     contents["data"] = {"name": data.name, "mean": list(data.mean), "std": list(data.std)}
@@ -168,7 +167,8 @@ def evaluate_line(path, start, i, a, b, data, args):
 
     Rows that it has already are kept.
     """
-    wanted = [(bn, gamma) for bn in args.bn_statistics for gamma in gammas(args.points)]
+    gammas = torch.linspace(0, 1, args.points, dtype=torch.float64).tolist()
+    wanted = [(bn, gamma) for bn in args.bn_statistics for gamma in gammas]
     rows = logs.read_csv(path, COLUMNS) if path.exists() else []
     found = [(row["init"], row["i"], row["j"], row["bn"], logs.format_value(row["gamma"])) for row in rows]
     expected = [(start.spec, a, b, bn, logs.format_value(gamma)) for bn, gamma in wanted[: len(found)]]

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 try:
     import torchvision  # noqa: F401

@@ -3,13 +3,13 @@
 On command lines a network in one is PATH:teacher, PATH:student or PATH:student-init (``load_spec``). A distillation
 checkpoint holds:
 
-    format          "rtd-checkpoint-2"
+    format          "rtd-checkpoint-3"
     model           arguments of ``rtd.models.build_network``
     teacher, student, student_init      state dicts of the ``Network``
     data            {"name", "mean", "std"}: what it was distilled on, and the normalisation that belongs to the weights
     epoch, step     how far training went
     config          flags, versions, command: ``rtd.logs.provenance``
-    progress        only in checkpoint.pt, for --resume: optimizer, generators, results so far, of an unfinished epoch too
+    progress        only in checkpoint.pt, for --resume: optimizer, results so far, of an unfinished epoch too
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from rtd.errors import InputError
 from rtd.files import atomic_write
 from rtd.models import ENCODERS, build_network, materialize
 
-FORMAT = "rtd-checkpoint-2"
-SUPERVISED = "rtd-supervised-1"  # a network that run_lmc.py trains
+FORMAT = "rtd-checkpoint-3"
+SUPERVISED = "rtd-supervised-2"  # a network that run_lmc.py trains
 NETWORKS = ("teacher", "student", "student-init")
 KEYS = {"format", "model", "teacher", "student", "student_init", "data", "epoch", "step", "config"}
 
@@ -50,7 +50,11 @@ def load_state(path, format, keys, of, mmap=True):
         raise InputError(f"{path}: no such checkpoint; it should be of {of}") from error
     except Exception as error:  # a damaged file can make the unpickler fail in any way
         raise InputError(f"{path} is damaged or not a checkpoint of {of} ({_one_line(error)[:120]})") from error
-    if not isinstance(state, dict) or state.get("format") != format or not set(state) >= set(keys):
+    mark = state.get("format") if isinstance(state, dict) else None
+    if isinstance(mark, str) and mark != format and mark.rpartition("-")[0] == format.rpartition("-")[0]:
+        by = "an older" if mark < format else "a newer"
+        raise InputError(f"{path} was made by {by} version of rtd ({mark}; here it is {format}): use that one, or make it again")
+    if mark != format or not set(state) >= set(keys):
         raise InputError(f"{path} is not a checkpoint of {of} (it lacks the format mark {format} or some of its parts)")
     return state
 

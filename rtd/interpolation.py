@@ -15,12 +15,6 @@ from torch.optim.swa_utils import update_bn
 from rtd.data import normalize
 
 
-def gammas(points):
-    """``points`` evenly spaced values from 0 to 1 for which 1 - gamma is exactly another one of them, also in floating point."""
-    upper = [k / (points - 1) for k in range(points // 2, points)]  # of numbers from 1/2 to 1, 1 - x is exact
-    return [1 - gamma for gamma in reversed(upper)][: points // 2] + upper
-
-
 def error_barrier(errors):
     """The largest error on the line minus the mean of its two ends; ``errors`` in the order of gamma from 0 to 1."""
     return max(errors) - (errors[0] + errors[-1]) / 2

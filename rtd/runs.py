@@ -74,7 +74,7 @@ def load_progress(path, epochs):
     return resumed
 
 
-def restore(resumed, student, optimizer, batch_order, folder):
+def restore(resumed, student, optimizer, folder):
     """Put back where training stood. Returns the best probe so far, the seconds spent, the baselines' probes and what
     training had gathered of the next epoch, if it was stopped there."""
     try:
@@ -83,7 +83,6 @@ def restore(resumed, student, optimizer, batch_order, folder):
         optimizer.load_state_dict(saved["optimizer"])
         if any(t.ndim and t.shape != p.shape for p, state in optimizer.state.items() for t in state.values()):
             raise ValueError("its optimizer's state is of another network")
-        batch_order.set_state(saved["generators"]["batch-order"])
         device = next(student.parameters()).device
         so_far = {name: [torch.as_tensor(value).to(device) for value in saved["so_far"][name]] for name in nothing_yet()}
         for name, shape in (("losses", ()), ("watched", (3,))):

@@ -4,8 +4,8 @@ A fresh linear classifier ``fc`` goes on top of the encoder, and both are traine
 weight decay 1e-4 on all parameters, learning rate 0.1, a tenth of it after half of the epochs and a hundredth after three
 quarters (80 and 120 of the paper's 160), batches of 256, random flips and 4-pixel padded crops.
 
-Three named random streams feed a run: the start of ``fc``, the batch order and the augmentation. Runs that share the
-first and differ in the others have the same start and nothing else in common.
+Three named random streams feed a run: the start of ``fc``, and for each epoch its batch order and its augmentation. Runs
+that share the first and differ in the others have the same start and nothing else in common.
 """
 
 import time
@@ -18,6 +18,7 @@ from rtd.augmentation import augment, draw_augmentation
 from rtd.data import normalize
 from rtd.device import autocast, tf32
 from rtd.errors import Diverged, InputError
+from rtd.init import random_stream
 from rtd.progress import progress
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
@@ -50,13 +51,14 @@ def evaluate(classifier, split, mean, std, precision="fp32", batch_size=1000):
 class Trainer:
     """Training of one classifier, an epoch at a time; between epochs, all of its state can be taken and put back."""
 
-    def __init__(self, classifier, data, epochs, generators, lr=0.1, batch_size=256, precision="fp32", name="training"):
-        """classifier: on the device of ``data`` (whose mean and std normalise). epochs: of the whole schedule. generators:
-        {"batch-order", "augmentation"}. name: for messages. Under torchrun, all processes together train one classifier."""
-        self.classifier, self.data, self.epochs, self.generators = classifier, data, epochs, generators
+    def __init__(self, classifier, data, epochs, stream, lr=0.1, batch_size=256, precision="fp32", name="training"):
+        """classifier: on the device of ``data`` (whose mean and std normalise). epochs: of the whole schedule. stream: seed and
+        names of the run's random numbers, to which "batch-order" or "augmentation" and the epoch, from 1, are added. name: for
+        messages. Under torchrun, all processes together train one classifier."""
+        self.classifier, self.data, self.epochs, self.stream = classifier, data, epochs, stream
         self.lr, self.batch_size, self.precision, self.name = lr, batch_size, precision, name
         self.epoch = 0  # how many are done
-        self.losses, self._streams = [], None  # of the batches of the current epoch; the generators' states as it began
+        self.losses = []  # of the batches of the current epoch
         self.accuracies, self.seconds = [], 0.0  # on the test split, after each epoch; of all epochs, tests included
         self.optimizer = torch.optim.SGD(
             classifier.parameters(),
@@ -85,9 +87,9 @@ class Trainer:
         data, device = self.data, self.data.train.images.device
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.epoch, self.epochs, self.lr)
-        self._streams = {name: generator.get_state() for name, generator in self.generators.items()}
-        order = torch.randperm(len(data.train), generator=self.generators["batch-order"])
-        draws = draw_augmentation(len(data.train), self.generators["augmentation"]).to(device)  # row i is for image i
+        order = torch.randperm(len(data.train), generator=random_stream(*self.stream, "batch-order", self.epoch + 1))
+        draws = draw_augmentation(len(data.train), random_stream(*self.stream, "augmentation", self.epoch + 1))
+        draws = draws.to(device)  # row i is for image i
         batches = order.to(device).split(self.batch_size)
         done = len(self.losses)  # not 0 if the epoch goes on
         self._trained.train()
@@ -108,7 +110,7 @@ class Trainer:
                 self.after_step()
             self.losses.append(whole * len(batch))  # read at the end of the epoch: on a GPU, reading waits
         total = torch.stack(self.losses).cpu().double().sum()
-        self.losses, self._streams = [], None
+        self.losses = []
         self.epoch += 1
         distributed.broadcast_tensors(self.classifier.buffers())  # batch norm's statistics: the main process's for all
         if not all(torch.isfinite(value).all() for value in (total, *self.classifier.parameters())):
@@ -132,7 +134,6 @@ class Trainer:
                 "seconds": self.seconds,
                 "classifier": self.classifier.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "generators": self._streams or {name: generator.get_state() for name, generator in self.generators.items()},
                 "losses": self.losses,
             }
         )
@@ -141,11 +142,9 @@ class Trainer:
         """Go back, or on, to a ``state``, which stays as it is."""
         self.epoch, self.accuracies, self.seconds = state["epoch"], list(state["accuracies"]), state["seconds"]
         device = next(self.classifier.parameters()).device
-        self.losses, self._streams = [loss.to(device) for loss in state["losses"]], None
+        self.losses = [loss.to(device) for loss in state["losses"]]
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(_copied(state["optimizer"]))  # the optimizer keeps, and changes, what it is given
-        for name, generator in self.generators.items():
-            generator.set_state(state["generators"][name])
 
     def resume(self, state, path):
         """``load_state`` of what was read from the file ``path``; raises InputError if that cannot be such a state."""

@@ -238,12 +238,7 @@ RESUME_DAMAGES = {
     "truncated": (truncated, "checkpoint.pt"),
     "no progress": (edited(lambda c: c.pop("progress")), "no optimizer state"),
     "no optimizer": (progress_edited(lambda p: p.pop("optimizer")), "cannot be resumed"),
-    "no generators": (progress_edited(lambda p: p.pop("generators")), "cannot be resumed"),
-    "generator is text": (progress_edited(lambda p: p["generators"].update({"batch-order": "x"})), "cannot be resumed"),
-    "generator too short": (
-        progress_edited(lambda p: p["generators"].update({"batch-order": torch.zeros(3, dtype=torch.uint8)})),
-        "cannot be resumed",
-    ),
+    "an older format": (edited(lambda c: c.update(format="rtd-checkpoint-2")), "older version"),
     "other optimizer": (progress_edited(lambda p: p["optimizer"]["param_groups"].pop()), "cannot be resumed"),
     "weight missing": (edited(lambda c: c["student"].pop(CONV)), "do not fit"),
     "student not finite": (set_student(CONV, lambda w: w * float("inf")), "not finite"),

@@ -104,7 +104,6 @@ def test_each_round_starts_at_mask_times_rewind_weights_and_stays_masked(script,
         others = [name for name in rewind["classifier"] if name not in masks]
         assert all(torch.equal(begin["classifier"][name], rewind["classifier"][name]) for name in others)
         assert_same_tree(begin["optimizer"]["state"], rewind["optimizer"]["state"])  # momentum
-        assert_same_tree(begin["generators"], rewind["generators"])
         assert begin["epoch"] == rewind_epoch
         if previous is not None:
             assert not any((mask & ~previous[name]).any() for name, mask in kept.items())  # a mask only shrinks
@@ -196,9 +195,9 @@ def test_interrupted_anywhere_and_resumed_equals_unbroken(imp_run, script, tmp_p
     assert_same_run(tmp_path / "run", imp_run)
 
 
-@pytest.mark.parametrize("part", ["batch-order", "augmentation", "momentum", "rewind"])
+@pytest.mark.parametrize("part", ["masks", "momentum", "rewind"])
 def test_resuming_another_state_is_caught(imp_run, script, tmp_path, part):
-    """Negative control of the tests above: they do see a stream, a momentum or a rewind point that was not restored."""
+    """Negative control of the tests above: they do see masks, a momentum or a rewind point that was not restored."""
     flags = (*FLAGS, "--out", tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         stop_in_epoch(patch, 4)
@@ -211,7 +210,8 @@ def test_resuming_another_state_is_caught(imp_run, script, tmp_path, part):
     elif part == "rewind":
         contents["rewind"]["classifier"]["fc.weight"][0, 0] += 1e-3
     else:
-        contents["training"]["generators"][part] = torch.Generator().manual_seed(9).get_state()
+        mask = contents["masks"]["fc.weight"].flatten()
+        contents["masks"]["fc.weight"] = mask.roll(1).view_as(contents["masks"]["fc.weight"])
     torch.save(contents, path)
     assert script("run_imp", *flags, "--resume").code == 0
     with pytest.raises(AssertionError):
