@@ -1,77 +1,72 @@
-"""The landscape of loss and probes in a plane around a random teacher (paper section 5; Figs. 5, 13 to 16).
+"""The landscape of loss and probes in a plane around a random teacher (section 5; Figs. 5, 13-16).
 
-The plane goes through three networks: the teacher and two students. In it the teacher sits at the edge of an asymmetric
-valley: the loss rises slowly towards the student, steeply the other way.
+The plane goes through three networks: the teacher and two students. In it the teacher sits at the
+edge of an asymmetric valley: the loss rises slowly towards the student, steeply the other way.
 
-    python run_landscape.py --dataset cifar10 --data-dir data --subset 1000 --test-subset 1000 \\
-        --origin runs/a/checkpoint.pt:teacher --x-axis runs/a/checkpoint.pt:student --y-axis runs/b/checkpoint.pt:student
-    python run_landscape.py --plot-only runs/nonlocal/landscape.csv runs/shared/landscape.csv --out fig5.png
-    torchrun --nproc-per-node=4 run_landscape.py ...                     # the points are shared among the processes
+    python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 \\
+        --x-axis runs/a/checkpoint.pt:student --y-axis runs/b/checkpoint.pt:student
+    python run_landscape.py --plot-only runs/nonlocal runs/shared --out fig5.png
+    torchrun --nproc-per-node=4 run_landscape.py ...               # the processes share the points
 
-Writes config.json, landscape.csv (a row for each grid point) and landscape.png.
+Writes config.json, landscape.csv (a row for each grid point), points.csv (where the three networks
+lie) and landscape.png.
 """
 
 from pathlib import Path
 
-import torch
-
-from rtd import checkpoint, cli, distributed, logs, plot_landscape, plots, runs
-from rtd.device import describe, pick_device
+from rtd import plots
 from rtd.errors import InputError
-from rtd.interpolation import CENTERS, PLANES, Plane
+from rtd.harness import cli, files, probing
+from rtd.harness.checkpoint import check_image_size, load_network, load_spec, path_of
+from rtd.harness.console import progress
+from rtd.harness.datasets import fingerprints
+from rtd.harness.device import describe
+from rtd.harness.run import Run, check_output, draw
+from rtd.interpolation import PLANES, Plane
 from rtd.landscape import LOSSES, Landscape, asymmetry, norms
-from rtd.progress import progress
 
 MEASURED = tuple(f"{split}_{loss}" for split in ("train", "test") for loss in LOSSES)
-COLUMNS = ("i", "j", "x", "y", *MEASURED, "linear", "knn", "norm_encoder", "norm_head", "norm_total")
+COLUMNS = ("i", "j", "x", "y", *MEASURED, "linear", "knn")
+COLUMNS += ("norm_encoder", "norm_head", "norm_total")
 POINTS = ("name", "x", "y")
-PRODUCTS = ("config.json", "landscape*.csv", "points.csv", "landscape*.png")
-MAY_CHANGE = ("out", "resume", "overwrite", "no_plot", "surface", "data_dir", "download", "device")  # on --resume
-AXES = ("origin", "x_axis", "y_axis")
+PRODUCTS = ("landscape.*", "points.csv")
+AXES = ("origin", "x-axis", "y-axis")
 TEACHER = "theta_T"
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    add = parser.add_argument_group("plane").add_argument
-    for axis in AXES:
-        add(f"--{axis.replace('_', '-')}", metavar="NETWORK", help="PATH:teacher, PATH:student or PATH:student-init")
-    add("--plane", choices=PLANES, default="interpolation", help="interpolation: the three at (0,0), (1,0), (0,1), as in Fig. 5; "
-        "orthogonal: true distances and angles, as in Figs. 13 to 16")  # fmt: skip
-    add("--center", choices=CENTERS, default="origin", help="what lies at (0,0) of an orthogonal plane")
+    # fmt: off
+    add = parser.group("start with these")
+    add("--x-axis", str, None, "network at (1,0): PATH:student, PATH:student-init or PATH:teacher of a checkpoint")
+    add("--y-axis", str, None, "network at (0,1)")
+    cli.add_data_flags(add, default=None)
+    add("--out", Path, None, "folder of the run, runs/landscape by default; with --plot-only the picture")
+    add("--plot-only", Path, None, "folders of landscapes to draw, one below the other, into --out; nothing is computed", nargs="+")
+    cli.add_file_flags(parser)
+    add = parser.group("plane")
+    add("--origin", str, None, "network at (0,0); by default the teacher of --x-axis")
+    add("--plane", PLANES, "interpolation", "coordinates: interpolation has the three networks at (0,0), (1,0), (0,1), as in Fig. 5; "
+        "orthogonal has true distances and angles, as in Figs. 13 to 16")
     for axis in "xy":
-        add(f"--{axis}-range", nargs=3, metavar=("MIN", "MAX", "N"), help="N points; by default 25, around the three networks")
-    add("--encoder-only", action="store_true", help="KL between softmaxed embeddings, without the head (Figs. 15, 16)")
-    add(
-        "--bn-statistics",
-        choices=("interpolate", "recompute"),
-        default="interpolate",
-        help="of batch norm, where there is any: interpolate keeps the three networks as they are, with KL 0 at the teacher; "
-        "recompute estimates them from the training images at each point, the teacher's included, who was used without",
-    )
-    add("--batch-size", type=cli.positive_int, default=256, help="images at a time; changes the speed alone")
-    add("--seed", type=cli.non_negative_int, default=0, help="of the linear probes")
-    cli.add_data_flags(parser)
+        add(f"--{axis}-range", str, None, f"N points in {axis}; 25 around the three networks by default", nargs=3, metavar=("MIN", "MAX", "N"))
+    add("--encoder-only", bool, False, "loss between softmaxed embeddings, without the heads (Figs. 15, 16)")
+    add("--bn-statistics", ("interpolate", "recompute"), "interpolate", "statistics of batch norm at each point")
+    add("--batch-size", cli.positive_int, 256, "images per forward pass; it changes no number but round-off")
+    add("--seed", cli.non_negative_int, 0, "seed of the linear probes")
     cli.add_probe_flags(parser)
     cli.add_device_flags(parser)
-    add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, help="run folder, by default runs/landscape; with --plot-only the picture, by default beside the CSV")
-    add("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
-    add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
-    add("--no-plot", action="store_true", help="do not draw landscape.png")
-    add("--surface", action="store_true", help="also draw the train KL as a surface in three dimensions")
-    add("--plot-only", nargs="+", type=Path, metavar="CSV", help="compute nothing: draw these, side by side, into --out")
-    args = parser.parse_args(argv)
-    args.probe = cli.chosen_probes(parser, args.probe)
-    args.out = args.out or (args.plot_only[0].with_suffix(".png") if args.plot_only else Path("runs/landscape"))
-    cli.check_output_flags(parser, args)
-    if args.plot_only is None:
-        for axis in AXES:
-            if getattr(args, axis) is None:
-                parser.error(f"--{axis.replace('_', '-')} is missing: a plane goes through three networks")
-    for flag in ("x_range", "y_range"):
-        if getattr(args, flag) is not None:
-            setattr(args, flag, parse_range(parser, f"--{flag.replace('_', '-')}", getattr(args, flag)))
+    cli.add_output_flags(parser, save_every=False)
+    # fmt: on
+    args = cli.parse(parser, argv)
+    args.out = args.out or Path("runs/landscape" + (".png" if args.plot_only else ""))
+    for axis in "xy":
+        if not args.plot_only and getattr(args, f"{axis}_axis") is None:
+            parser.error(f"--{axis}-axis is missing: a plane goes through three networks")
+        if words := getattr(args, f"{axis}_range"):
+            setattr(args, f"{axis}_range", parse_range(parser, f"--{axis}-range", words))
+    if args.origin is None and args.x_axis:
+        args.origin = f"{path_of(args.x_axis)}:teacher"
     return args
 
 
@@ -82,161 +77,164 @@ def parse_range(parser, flag, words):
         if not (-1e9 < low <= high < 1e9 and 1 <= n <= 10_000 and (low < high or n == 1)):
             raise ValueError
     except ValueError:
-        parser.error(f"{flag} {' '.join(words)}: give two numbers, the smaller first, and how many points, such as -1 2 25")
+        parser.error(
+            f"{flag} {' '.join(words)}: give two numbers, the smaller first, and "
+            "how many points, such as -1 2 25"
+        )
     return [low + 0.0, high, n]  # -0 would be read back from the CSV as 0
 
 
-def main(args):
-    if args.plot_only is not None:
-        draw_only(args)
-        return
-    device = pick_device(args.device, args.deterministic)
-    with distributed.process_group(device):
-        contents, states, names = load_networks(args)
-        data = cli.load_data(args)
-        cli.check_k(args, data)
-        checkpoint.check_image_size(f"--origin {args.origin}", contents["model"], data)
-        if data.name != contents["data"].get("name"):
-            raise InputError(
-                f"--dataset {data.name}: --origin {args.origin} was distilled on {contents['data'].get('name')}; give that"
-            )
-        reads = data.fingerprints()
-        data = data.with_normalization(contents["data"]).to(device)
-        teacher = checkpoint.load_network(contents, "teacher", device)
-        network = checkpoint.load_network(contents, "student", device)
-        try:
-            plane = Plane(states, [name for name, _ in network.named_parameters()], args.plane, args.center).to(device)
-        except ValueError as error:
-            raise InputError(f"--origin, --x-axis, --y-axis: {error}") from error
-        grid = make_grid(args, plane)
-        reads |= {getattr(args, axis): checkpoint.sha256(path_of(getattr(args, axis))) for axis in AXES}
-        continued = runs.open_folder(args.out, args, device, MAY_CHANGE, PRODUCTS, reads)
-        cli.say(f"{data.name}: {len(data.train)} training and {len(data.test)} test images; {describe(device, args.precision)}")
+def main(args, device, world):
+    if args.plot_only:
+        return draw_only(args, world)
+    specs = {f"--{axis}": getattr(args, axis.replace("-", "_")) for axis in AXES}
+    origin, states, names = load_networks(specs)
+    source = origin["data"]
+    args.dataset = args.dataset or source["name"]
+    if args.dataset != source["name"]:
+        raise InputError(
+            f"--dataset {args.dataset}: {args.origin} was distilled on {source['name']}; give that"
+        )
+    data = cli.load_data(args, world).with_normalization(source)
+    cli.check_k(args, data, world)
+    check_image_size(f"--origin {args.origin}", origin["model"], data)
+    teacher, network = (load_network(origin, which, device) for which in ("teacher", "student"))
+    parameters = [name for name, _ in network.named_parameters()]
+    try:
+        plane = Plane(states, parameters, args.plane).to(device)
+    except ValueError as error:
+        raise InputError(f"--origin, --x-axis, --y-axis: {error}") from error
+    run = Run(args, device, world, PRODUCTS, (), fingerprints(data), specs.values())
+    run.say(
+        f"{data.name}: {len(data.train)} training and {len(data.test)} test images; "
+        f"{describe(device, args.precision)}"
+    )
+    data, grid, done = data.to(device), make_grid(args, plane), load_points(run)
+    landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)
+    missing = [point for point in grid if point[:2] not in done]
+    if done:
+        run.say(f"resumed: {len(done)} of {len(grid)} points are done")
 
-        landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)
-        done, log = open_log(args.out, grid, continued)
-        missing = [point for point in grid if point[:2] not in done]
-        if done:
-            cli.say(f"resumed: {len(done)} of {len(grid)} points are done")
-        for i, j, x, y in progress(distributed.units(missing), "points", "points", len(missing)):
+    def do(part, run):
+        name = f"landscape.part{part}.pt"
+        rows = (run.load(name) or {"rows": []})["rows"]
+        for i, j, x, y in progress(missing[part :: world.size], "landscape", "points"):
             plane.write_(network, x, y)
             if args.bn_statistics == "recompute":
                 landscape.recompute_batch_norm_(network)
-            row = dict.fromkeys(COLUMNS) | {"i": i, "j": j, "x": x, "y": y} | norms(network)
-            log.append(row | landscape.evaluate(network, name="landscape", batch_size=512, **cli.probe_options(args)))
-        if distributed.is_main():
-            finish(args, grid, plane, names)
+            options = probing.options(args) | {"name": "landscape", "batch_size": 512}
+            found = landscape.evaluate(network, **options) | norms(network)
+            rows.append(dict.fromkeys(COLUMNS) | {"i": i, "j": j, "x": x, "y": y} | found)
+            run.save(name, {"rows": rows})
+
+    run.for_each(range(world.size), do)
+    points = load_points(run)
+    world.in_main(lambda: report(run, [points[point[:2]] for point in grid], plane, names))
 
 
-def path_of(spec):
-    return spec.rpartition(":")[0]
+def load_points(run):
+    """{(i, j): row} of the points that are done, by whatever process."""
+    names = run.world.decide(lambda: sorted(p.name for p in run.folder.glob("landscape.part*.pt")))
+    return {(row["i"], row["j"]): row for name in names for row in run.load(name)["rows"]}
 
 
-def load_networks(args):
-    """The origin's checkpoint, whose teacher is everyone's, and the state dicts of the three networks and their names."""
-    loaded = [checkpoint.load_spec(f"--{axis.replace('_', '-')}", getattr(args, axis)) for axis in AXES]
+def load_networks(specs):
+    """The origin's checkpoint, the state dicts of the three networks, and their names.
+
+    specs: {flag: PATH:NETWORK} of the three. Raises InputError where they do not lie in one space,
+    or have different teachers.
+    """
+    loaded = [load_spec(flag, spec) for flag, spec in specs.items()]
     origin = loaded[0][0]
-    for (contents, _), axis in zip(loaded[1:], AXES[1:], strict=True):
-        both = f"--origin {args.origin} and --{axis.replace('_', '-')} {getattr(args, axis)}"
+    for (contents, _), (flag, spec) in zip(loaded, specs.items(), strict=True):
+        odd = None
         if contents["model"] != origin["model"]:
-            raise InputError(f"{both} are of different architectures: {origin['model']} and {contents['model']}")
-        if any(contents["data"][key] != origin["data"][key] for key in ("mean", "std")):
-            raise InputError(f"{both} were distilled on differently normalised images")
-        if any(not torch.equal(tensor, origin["teacher"][name]) for name, tensor in contents["teacher"].items()):
-            raise InputError(
-                f"{both} have different teachers, so the loss would not be that of both; distil with the same --seed"
-            )
-    names = {axis: label(*network) for axis, network in zip(AXES, loaded, strict=True)}
-    return origin, [contents[which.replace("-", "_")] for contents, which in loaded], names
-
-
-def make_grid(args, plane):
-    """[(i, j, x, y)]: row by row, y first; by default around the three networks with a margin of a quarter."""
-    corners, axes = plane.corners(), []
-    for axis, given in enumerate((args.x_range, args.y_range)):
-        values = [corner[axis] for corner in corners]
-        margin = 0.25 * (max(values) - min(values))
-        low, high, n = given or (min(values) - margin, max(values) + margin, 25)
-        # in this form the teacher, at 0, is met exactly wherever rounding allows it
-        axes.append([(low * (n - 1 - k) + high * k) / (n - 1) if n > 1 else low for k in range(n)])
-    return [(i, j, x, y) for j, y in enumerate(axes[1]) for i, x in enumerate(axes[0])]
-
-
-def open_log(folder, grid, continued):
-    """What is done already, as {(i, j)}, and this process's CSV: landscape.csv, or a part of it under torchrun."""
-    rows = saved_rows(folder, grid) if continued else []
-    distributed.barrier()  # all have read before anyone writes
-    if distributed.is_main():
-        write_rows(folder, rows)
-    distributed.barrier()
-    log = logs.CsvLog(folder / "landscape.csv", COLUMNS)
-    if distributed.world_size() > 1:
-        log = logs.CsvLog(folder / f"landscape.part{distributed.rank()}.csv", COLUMNS)
-        log.start()
-    return {(row["i"], row["j"]) for row in rows}, log
-
-
-def saved_rows(folder, grid):
-    """The rows of landscape.csv and its parts, in the order of the grid; InputError if they are not points of this grid."""
-    points = {(i, j): (logs.format_value(x), logs.format_value(y)) for i, j, x, y in grid}
-    rows = {}
-    for path in sorted(folder.glob("landscape*.csv")):
-        for row in logs.read_csv(path, COLUMNS):
-            key = row["i"], row["j"]
-            numbers = all(isinstance(row[name], (int, float)) for name in ("x", "y", *MEASURED))
-            if not numbers or points.get(key) != (logs.format_value(float(row["x"])), logs.format_value(float(row["y"]))):
-                raise InputError(f"{path} has a row that is no point of this grid (i {row['i']}, j {row['j']}); was it edited?")
-            rows[key] = row
-    return [rows[key] for key in points if key in rows]
-
-
-def write_rows(folder, rows):
-    """All rows into landscape.csv; the parts are not needed any more."""
-    logs.CsvLog(folder / "landscape.csv", COLUMNS).start(rows)
-    for part in folder.glob("landscape.part*.csv"):
-        part.unlink()
-
-
-def finish(args, grid, plane, names):
-    """Merge, draw, and say how asymmetric the valley is."""
-    rows = saved_rows(args.out, grid)
-    write_rows(args.out, rows)
-    corners = plane.corners()
-    points = [{"name": names[axis], "x": x, "y": y} for axis, (x, y) in zip(AXES, corners, strict=True)]
-    logs.CsvLog(args.out / "points.csv", POINTS).start(points)
-    for eps, minus, plus, ratio in asymmetry(rows, corners[0])[:3] if names["origin"] == TEACHER else ():
-        cli.say(f"train KL at {eps:g} from the teacher along x: {minus:.3e} on the far side, {plus:.3e} towards "
-                f"{names['x_axis']}; ratio {ratio:.2f}")  # fmt: skip
-    cli.draw(args, plot_landscape.plot, args.out / "landscape.png", [args.out / "landscape.csv"])
-    if args.surface:
-        cli.draw(args, plot_landscape.plot_surface, args.out / "landscape-surface.png", args.out / "landscape.csv")
+            odd = f"are of different architectures: {origin['model']} and {contents['model']}"
+        elif any(contents["data"][key] != origin["data"][key] for key in ("mean", "std")):
+            odd = "were distilled on differently normalised images"
+        elif files.checksum(contents["teacher"]) != files.checksum(origin["teacher"]):
+            odd = "have different teachers, so the loss would not be that of both; "
+            odd += "distil with the same --seed"
+        if odd:
+            raise InputError(f"--origin {specs['--origin']} and {flag} {spec} {odd}")
+    states = [contents[which.replace("-", "_")] for contents, which in loaded]
+    return origin, states, [label(*network) for network in loaded]
 
 
 def label(contents, which):
-    """A network's name as in the paper: theta_T, theta_S(alpha) before training, theta*_S(alpha) after."""
+    """A network's name in the paper: theta_T, theta_S(alpha) before, theta*_S(alpha) after."""
     if which == "teacher":
         return TEACHER
-    name, config = "theta*_S" if which == "student" else "theta_S", contents["config"]
-    flags = config.get("flags") if isinstance(config, dict) else None
-    alpha = flags.get("alpha") if isinstance(flags, dict) else None
-    if not isinstance(alpha, (int, float)):
-        return name
-    return f"{name}({0 if alpha < 1e-6 else alpha:g})"  # 1e-10 is 0, as the paper writes it
+    alpha = contents["config"]["flags"]["alpha"]
+    shown = 0 if alpha < 1e-6 else alpha  # 1e-10 is 0, as the paper writes it
+    return f"{'theta*_S' if which == 'student' else 'theta_S'}({shown:g})"
 
 
-def draw_only(args):
-    if not plots.available():
-        raise InputError("--plot-only needs matplotlib: pip install -e '.[full]'")
-    if args.out.exists() and not args.overwrite:
-        raise InputError(f"--out {args.out} exists already: --overwrite replaces it, or give another file")
-    if not args.out.parent.is_dir():
-        raise InputError(f"--out {args.out}: there is no folder {args.out.parent}")
-    plot_landscape.plot(args.out, args.plot_only)
-    cli.say(f"figure: {args.out}")
-    if args.surface:
-        surface = args.out.with_name(f"{args.out.stem}-surface.png")
-        plot_landscape.plot_surface(surface, args.plot_only[0])
-        cli.say(f"figure: {surface}")
+def make_grid(args, plane):
+    """[(i, j, x, y)], row by row; by default around the networks with a margin of a quarter."""
+    axes = []
+    for values, given in zip(
+        zip(*plane.corners(), strict=True), (args.x_range, args.y_range), strict=True
+    ):
+        low, high = min(values), max(values)
+        margin = 0.25 * (high - low)
+        low, high, n = given or (low - margin, high + margin, 25)
+        steps = max(1, n - 1)
+        # in this form the teacher, at 0, is met exactly wherever rounding allows it
+        axes.append([(low * (steps - k) + high * k) / steps for k in range(n)])
+    return [(i, j, x, y) for j, y in enumerate(axes[1]) for i, x in enumerate(axes[0])]
+
+
+def report(run, rows, plane, names):
+    """Write the tables, draw, and say the range of the results and how asymmetric the valley is."""
+    run.table("landscape.csv", COLUMNS, rows)
+    corners = plane.corners()
+    points = [(name, *corner) for name, corner in zip(names, corners, strict=True)]
+    run.table("points.csv", POINTS, [dict(zip(POINTS, point, strict=True)) for point in points])
+    for column in ("train_kl", "linear", "knn"):
+        if values := [row[column] for row in rows if row[column] is not None]:
+            run.say(f"{column}: {min(values):.4g} to {max(values):.4g} over {len(values)} points")
+    valley = asymmetry(rows, corners[0])[:3] if names[0] == TEACHER else ()
+    for eps, minus, plus, ratio in valley:
+        run.say(
+            f"train KL at {eps:g} from the teacher along x: {minus:.3e} on the far side, "
+            f"{plus:.3e} towards {names[1]}; ratio {ratio:.2f}"
+        )
+    run.draw("landscape", plots.landscapes, [panel(run.folder)])
+
+
+def panel(path):
+    """What ``rtd.plots.landscapes`` draws of a landscape.csv, or of the folder that it is in."""
+    path = path / "landscape.csv" if path.is_dir() else path
+    config, beside = path.with_name("config.json"), path.with_name("points.csv")
+    flags = {}
+    if config.exists():
+        with files.reading(config, "of a landscape"):
+            flags = dict(files.read_json(config)["flags"])
+    rows = files.read_csv(path, COLUMNS)
+    points = files.read_csv(beside, POINTS) if beside.exists() else []
+    places = {path: [row[k] for row in rows for k in ("i", "j", "x", "y")] or [None]}
+    places[beside] = [point[k] for point in points for k in ("x", "y")]
+    for file, numbers in places.items():
+        sound = all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in numbers)
+        if not sound or any(isinstance(x, str) for row in rows for x in row.values()):
+            raise InputError(f"{file} holds no landscape, but nothing, or other than numbers")
+    points = [point | {"name": str(point["name"])} for point in points]
+    title = ", ".join(filter(None, [flags.get("dataset"), f"{flags.get('plane', '')} plane"]))
+    return {
+        "rows": rows,
+        "points": points,
+        "orthogonal": flags.get("plane") == "orthogonal",
+        "title": title + (", encoder alone" if flags.get("encoder_only") else ""),
+    }
+
+
+def draw_only(args, world):
+    """--plot-only: one picture of several landscapes."""
+    check_output(args)
+    if args.out.suffix[1:] not in plots.FORMATS:
+        raise InputError(f"--out {args.out}: give a file that ends in .{', .'.join(plots.FORMATS)}")
+    draw(args.out, world.say, plots.landscapes, [panel(folder) for folder in args.plot_only])
 
 
 if __name__ == "__main__":

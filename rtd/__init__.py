@@ -1,22 +1,26 @@
-"""Random Teachers are Good Teachers (Sarnthein et al., ICML 2023): a small reference implementation.
+"""Random Teachers are Good Teachers (Sarnthein et al., ICML 2023): a small reference
+implementation.
 
-Each module explains one idea of the paper and can be read, or copied, alone; the ``run_*.py`` scripts beside this
-package tell the experiments from top to bottom.
+Each module explains one idea of the paper and can be read alone; the ``run_*.py``
+scripts beside this package tell the experiments from top to bottom; ``rtd.harness`` is what carries
+a run.
 """
 
-import sys
+from rtd.harness.checkpoint import load_network
+from rtd.init import init_student_, random_stream
+from rtd.losses import cross_entropy, kl_divergence
+from rtd.models import random_network
+from rtd.probes import extract_features, knn_probe, linear_probe
 
-import torch
-
+__all__ = [
+    "cross_entropy",
+    "extract_features",
+    "init_student_",
+    "kl_divergence",
+    "knn_probe",
+    "linear_probe",
+    "load_network",
+    "random_network",
+    "random_stream",
+]
 __version__ = "0.2.0"
-
-try:
-    import torchvision  # noqa: F401
-except Exception as error:  # missing, or built for another torch: then its operators fail in one way or another
-    reason = " ".join(str(error).split())[:120]
-    print(
-        f"rtd: error: torchvision does not work with the installed torch {torch.__version__} ({reason}): install the two that "
-        "belong together, by pip install --upgrade torch torchvision",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None

@@ -1,12 +1,11 @@
 """Images as one uint8 tensor on the device: no worker processes, no decoding during training.
 
-A data set is two splits of (N, 3, 32, 32) uint8 images with labels, the number of classes, and the mean and standard
-deviation that normalise a batch. CIFAR-10 takes 184 MB this way; a batch is a slice of a permutation. ``rtd.datasets`` loads
-them.
+A data set is two splits of (N, 3, 32, 32) uint8 images with labels, the number of classes, and the
+mean and standard deviation that normalise a batch. CIFAR-10 takes 184 MB this way; a batch is a
+slice of a permutation. ``rtd.harness.datasets`` loads them.
 """
 
 import functools
-import hashlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +17,10 @@ from rtd.init import random_stream
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, 3, H, W) uint8, or float32 where they are normalised already. labels: (N,) int64. Both on one device."""
+    """images: (N, 3, H, W) uint8, or float32 that is normalised already. labels: (N,) int64.
+
+    Both are on one device.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -32,7 +34,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test split, class count, and per-channel normalisation constants in units of [0, 1] pixels."""
+    """Training and test split, class count, and each channel's mean and standard deviation.
+
+    The last two are in units of [0, 1] pixels.
+    """
 
     name: str
     train: Split
@@ -45,21 +50,15 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def with_normalization(self, source):
-        """The same images, normalised with the "mean" and "std" of ``source``, a checkpoint's "data"."""
+        """The same images, normalised with "mean" and "std" of a checkpoint's "data"."""
         return replace(self, mean=tuple(source["mean"]), std=tuple(source["std"]))
-
-    def fingerprints(self):
-        """{"the training images": SHA-256, "the test images": SHA-256}, of all labels and about a thousand images of each."""
-        return {f"the {name} images": _fingerprint(split) for name, split in (("training", self.train), ("test", self.test))}
-
-
-def _fingerprint(split):
-    some = split.images[:: max(1, len(split) // 1000)].contiguous()
-    return hashlib.sha256(split.labels.numpy().tobytes() + some.numpy().tobytes()).hexdigest()
 
 
 def normalize(images, mean, std):
-    """(B, 3, H, W) uint8 -> float32 (images / 255 - mean) / std, in channels-last layout; float32 images stay as they are."""
+    """(B, 3, H, W) uint8 -> float32 (images / 255 - mean) / std, in channels-last layout.
+
+    Images that are float32 are normalised already, and stay as they are.
+    """
     if images.is_floating_point():
         return images.contiguous(memory_format=torch.channels_last)
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
@@ -68,22 +67,25 @@ def normalize(images, mean, std):
 
 @functools.cache  # a GPU is waited for whenever a tensor is copied to it
 def _scale_and_shift(mean, std, device):
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(3, 1, 1)
-    return scale, shift
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (mean, std))
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
 def balanced_subset(labels, n, generator):
-    """Indices (n,) of a class-balanced random subset, in ascending order: class counts differ by one at most.
+    """Indices (n,) of a random subset in which class counts differ by one at most, ascending.
 
-    Classes that run out are filled up from the others, so any n up to all works; a smaller subset from the same
-    generator state lies inside a larger one. Raises InputError for n outside [1, N].
+    Classes that run out are filled up from the others, so any n up to all works; a smaller subset
+    from the same generator state lies inside a larger one. Raises InputError for n outside [1, N].
     """
     labels = labels.cpu()
     if not 1 <= n <= len(labels):
-        raise InputError(f"a subset of {n} images was asked for, but the split has {len(labels)}: choose 1 to {len(labels)}")
+        raise InputError(
+            f"a subset of {n} images was asked for, but the split has {len(labels)}: "
+            f"choose 1 to {len(labels)}"
+        )
     order = torch.randperm(len(labels), generator=generator)
-    turn = torch.empty_like(labels)  # an image's turn within its class; all first turns are taken before any second
+    # an image's turn within its class: all first turns are taken before any second
+    turn = torch.empty_like(labels)
     for c in labels.unique():
         members = order[labels[order] == c]
         turn[members] = torch.arange(len(members))
@@ -91,7 +93,10 @@ def balanced_subset(labels, n, generator):
 
 
 def take(split, n, which):
-    """The class-balanced subset of ``n`` images of ``split`` (all if n is None): the same for every seed of a run."""
+    """The class-balanced subset of ``n`` images of ``split``, or all of them if n is None.
+
+    which: the split's name. The subset is the same for every seed of a run.
+    """
     if n is None:
         return split
     index = balanced_subset(split.labels, n, random_stream(0, "subset", which))
@@ -99,11 +104,15 @@ def take(split, n, which):
 
 
 def channel_statistics(images):
-    """Mean and standard deviation of each channel of (N, 3, H, W) uint8 images, in units of [0, 1] pixels."""
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = (counts * values).sum(1) / counts.sum(1)
-    std = ((counts * values**2).sum(1) / counts.sum(1) - mean**2).clamp_min(1e-12).sqrt()
+    """Each channel's mean and standard deviation over (N, 3, H, W) uint8 images.
+
+    They are in units of [0, 1] pixels.
+    """
+    counts = [c.flatten().bincount(minlength=256) for c in images.unbind(1)]
+    counts = torch.stack(counts).double()  # (3, 256)
+    values = torch.arange(256).double() / 255
+    mean, square = ((counts * x).sum(1) / counts.sum(1) for x in (values, values**2))
+    std = (square - mean**2).clamp_min(1e-12).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
@@ -111,8 +120,11 @@ def resize(images, size):
     """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, bilinear with antialiasing."""
     if images.shape[2:] == (size, size):
         return images
-    resized = images.new_empty(len(images), 3, size, size)
-    for start in range(0, len(images), 1000):
-        part = F.interpolate(images[start : start + 1000].float(), size=(size, size), mode="bilinear", antialias=True)
-        resized[start : start + 1000] = part.round_().clamp_(0, 255)
-    return resized
+    resized = [  # in parts, because a float takes four times a byte's memory
+        F.interpolate(part.float(), size=size, mode="bilinear", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .byte()
+        for part in images.split(1000)
+    ]
+    return torch.cat(resized)

@@ -1,129 +1,132 @@
-"""One distillation step (paper App. A), with what is constant taken out of it.
+"""The distillation loss (section 3, App. A), with what is constant taken out of it.
 
-The teacher is frozen and the images are not augmented, so what the teacher says about an image never changes: its
-bottleneck vector (256 numbers, not 65,536 outputs) and the normaliser of its soft-max are computed once, and a step
-forms the teacher's outputs from them with one product (``rtd.last_layer``).
+The teacher is frozen and the images are not augmented, so what the teacher says about an image
+never changes: its bottleneck vector (256 numbers, not 65,536 outputs) and the normaliser of its
+soft-max are computed once, and a step forms the teacher's outputs from them with one product
+(``rtd.last_layer``). A step of the algorithm is
 
-Under bf16 the teacher's answers are still computed in float32, and so are the student's first steps: next to its teacher
-(alpha = 1e-10) the student differs from it by less than bf16 resolves. There bf16 gives either a gradient of exactly
-zero or, against a float32 teacher, one that is all rounding error, and Adam turns either into a first step from which
-VGG11 may not recover.
+    loss = distiller(index)[0];  loss.backward();  optimizer.step()
+
+Under bf16 the teacher's answers are still computed in float32, and so are the student's first
+steps: next to its teacher (alpha = 1e-10) the student differs from it by less than bf16 resolves.
+There bf16 gives either a gradient of exactly zero or, against a float32 teacher, one that is all
+rounding error, and Adam turns either into a first step from which VGG11 may not recover.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtd import checkpoint, distributed
 from rtd.data import normalize
-from rtd.device import autocast
-from rtd.errors import InputError
-from rtd.init import init_network_, random_stream
-from rtd.last_layer import LastLayerLoss, Workspace, last_layer_loss, output_log_mean_exp
-from rtd.models import build_network, materialize
+from rtd.last_layer import Workspace, last_layer_loss, output_log_mean_exp
+from rtd.models import autocast
 
 
-def load_teacher(spec, model, seed):
-    """The teacher: a random network, or that of ``spec``, and the normalisation that goes with it (None: the data's).
+def adamw(student, lr=0.001, weight_decay=0.0, bias_decay=0.0):
+    """The optimizer of App. E: AdamW at a constant rate, in the paper without weight decay.
 
-    spec: None; PATH:NETWORK of a distillation; or PATH:supervised, an encoder that run_lmc.py trained with labels under a
-    random head. model: arguments of ``build_network``. Raises InputError for a network that was built otherwise.
+    bias_decay: the weight decay of biases and of norms' gains; the authors' code had torch's 0.01.
     """
-    drawn = None
-    if spec is None or spec.endswith(":supervised"):
-        drawn = init_network_(materialize(build_network(**model)), random_stream(seed, "teacher-init"))
-    if spec is None:
-        return drawn, None
-    if drawn:
-        path = spec.rpartition(":")[0]
-        contents = checkpoint.load_supervised(path)
-    else:
-        contents, which = checkpoint.load_spec("--teacher", spec, ["supervised"])
-    built = contents["model"]
-    expected = ("encoder", "norm", "image_size") if drawn else model
-    if odd := [f"{name} {built.get(name)}" for name in expected if built.get(name) != model[name]]:
-        raise InputError(f"--teacher {spec}: was built with {', '.join(odd)}; give the same flags")
-    if not drawn:
-        return checkpoint.load_network(contents, which), contents["data"]
-    weights = contents["training"].get("classifier", {})
-    encoder = {name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")}
-    checkpoint.check_state(path, "supervised", encoder, drawn.encoder.state_dict())
-    drawn.encoder.load_state_dict(encoder)
-    return drawn, contents["data"]
+    parameters = list(student.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": bias_decay},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, fused=parameters[0].device.type != "mps")
+
+
+@torch.no_grad()
+def teacher_answers(teacher, mean, std, temperature, images, batch_size=256):
+    """What ``teacher`` says about (N, 3, H, W) images, in float32 and eval mode: (N, K + 1).
+
+    The first K numbers are the bottleneck vector, the last is the normaliser of the soft-max; for 5
+    million images and K = 256 that is 5 GB. mean, std: the images' normalisation.
+    """
+    teacher.eval()
+    weight, answers = teacher.head.l2_bottleneck.normalized_weight(), None
+    for i, x in enumerate(images.split(batch_size)):
+        z = teacher.bottleneck(normalize(x, mean, std)) / temperature  # (B, K)
+        if answers is None:
+            answers = z.new_empty(len(images), z.shape[1] + 1)
+        rows = answers[i * batch_size : (i + 1) * batch_size]
+        rows[:, :-1], rows[:, -1] = z, output_log_mean_exp(z, weight)
+    return answers
 
 
 class FrozenTeacher:
-    """What the teacher says about each of N images, of which only the bottleneck vector and the normaliser are kept.
+    """A teacher that never changes, of which only its answers and its last layer are kept."""
 
-    answers: (N, K + 1), K of one and one of the other; for 5 million images and K = 256 that is 5 GB. weight: (m, K) last
-    layer, normalised.
-    """
-
-    @torch.no_grad()
-    def __init__(self, teacher, images, mean, std, temperature=1.0, batch_size=256):
-        """``teacher``: a Network, used in eval mode, in float32. images: (N, 3, H, W); mean, std: normalisation."""
-        teacher.eval()
-        self.weight = teacher.head.l2_bottleneck.normalized_weight().contiguous()
-
-        def answer(part):
-            answers = None
-            for i, x in enumerate(part.split(batch_size)):
-                z = teacher.bottleneck(normalize(x, mean, std)) / temperature
-                if answers is None:
-                    answers = z.new_empty(len(part), z.shape[1] + 1)
-                rows = answers[i * batch_size : (i + 1) * batch_size]
-                rows[:, :-1], rows[:, -1] = z, output_log_mean_exp(z, self.weight)
-            return answers
-
-        self.answers = distributed.map_rows(answer, images)
+    def __init__(self, teacher, answers):
+        """answers: (N, K + 1) of ``teacher_answers``, for all training images."""
+        with torch.no_grad():
+            self.weight = teacher.head.l2_bottleneck.normalized_weight().contiguous()
+        self.answers = answers
 
     def answer(self, images, index):
         """(z_t, weight_t, lme_t) for the images ``index``, as ``last_layer_loss`` takes them."""
         answers = self.answers[index]
         return answers[:, :-1], self.weight, answers[:, -1]
 
+    def follow(self, student):
+        """Nothing: it is frozen."""
+
 
 class MovingTeacher:
-    """A teacher that follows its student: theta_T <- (1 - gamma) theta_T + gamma theta_S after each step (section 3)."""
+    """A teacher that follows its student: theta_T <- (1 - gamma) theta_T + gamma theta_S after each
+    step (section 3).
+    """
 
     def __init__(self, teacher, gamma, temperature=1.0):
         self.network, self.gamma, self.temperature = teacher.eval(), gamma, temperature
 
     @torch.no_grad()
     def answer(self, images, index):
-        """As ``FrozenTeacher.answer``, but computed now."""
-        return self.network.bottleneck(images) / self.temperature, self.network.head.l2_bottleneck.normalized_weight(), None
+        """As ``FrozenTeacher.answer``, but computed now from the normalised ``images``."""
+        weight = self.network.head.l2_bottleneck.normalized_weight()
+        return self.network.bottleneck(images) / self.temperature, weight, None
 
     @torch.no_grad()
     def follow(self, student):
         """One step towards ``student``; batch norm's running statistics go along."""
-        for theta_t, theta_s in zip(self.network.state_dict().values(), student.state_dict().values(), strict=True):
+        states = self.network.state_dict().values(), student.state_dict().values()
+        for theta_t, theta_s in zip(*states, strict=True):
             if theta_t.is_floating_point():  # all but the count of batches
                 theta_t.lerp_(theta_s, self.gamma)
 
 
 class Distiller(nn.Module):
-    """The student and its loss against a teacher, as one module, so that data-parallel training can wrap it."""
+    """The student and its loss against a teacher, as one module to be trained."""
 
-    def __init__(self, student, teacher, precision="fp32", kind="ce", compiled=False, temperature=1.0, beta=0.0):
-        """student: a Network. teacher: a ``FrozenTeacher`` or ``MovingTeacher``. precision: "fp32", or "bf16" for the student's
-        forward pass and the last layer's products. kind: the loss, see ``rtd.last_layer``. compiled: run the student through
-        torch.compile; the module that is trained and saved stays the plain one. temperature: of the student's outputs.
-        beta: weight of the labels' cross-entropy, as section 3 writes it, without temperature: label c is output c of the m."""
+    def __init__(
+        self, student, teacher, data, kind="ce", temperature=1.0, beta=0.0, compiled=False
+    ):
+        """student: a Network. teacher: a ``FrozenTeacher`` or ``MovingTeacher``. data: a
+        ``Dataset``.
+
+        kind: the loss, see ``rtd.last_layer``. temperature: of the student's outputs. beta: weight
+        of the labels' cross-entropy, as section 3 writes it: label c is output c of the m, without
+        temperature. compiled: run the student through torch.compile; the one trained stays plain.
+        """
         super().__init__()
-        self.student = student
-        self.precision, self.kind = precision, kind
-        self.temperature, self.beta = temperature, beta
-        self._teacher = teacher
-        self._bottleneck = torch.compile(student.bottleneck) if compiled else student.bottleneck
+        self.student, self.teacher, self.data = student, teacher, data
+        self.kind, self.temperature, self.beta = kind, temperature, beta
+        forward = student.bottleneck
+        self._bottleneck = torch.compile(forward, dynamic=False) if compiled else forward
         self._workspace = Workspace()
 
-    def forward(self, images, index, diagnostics=False, precision=None, labels=None):
-        """images: (B, 3, H, W) normalised; index: (B,) which of the teacher's images they are -> ``LastLayerLoss``.
+    def begin_epoch(self, epoch):
+        """Nothing: images are not augmented."""
 
-        labels: (B,), needed where beta is not 0.
+    def after_step(self):
+        """Let a teacher that moves follow the student."""
+        self.teacher.follow(self.student)
+
+    def forward(self, index, observe=False, precision="fp32"):
+        """index: (B,) positions of training images -> ``LastLayerLoss``, with KL and entropies if
+        ``observe``.
         """
-        precision = precision or self.precision
+        train = self.data.train
+        images = normalize(train.images[index], self.data.mean, self.data.std)
         with autocast(images.device, precision):
             z = self._bottleneck(images) / self.temperature  # (B, K)
         last = self.student.head.l2_bottleneck
@@ -131,44 +134,53 @@ class Distiller(nn.Module):
         result = last_layer_loss(
             z,
             weight,
-            *self._teacher.answer(images, index),
+            *self.teacher.answer(images, index),
             kind=self.kind,
             weight_norm=last.weight_norm,
             dtype=torch.bfloat16 if precision == "bf16" else None,
-            diagnostics=diagnostics,
-            workspace=self._workspace if weight.grad is None else None,  # a gradient that is still there lies in it
+            diagnostics=observe,
+            workspace=self._workspace
+            if weight.grad is None
+            else None,  # an old gradient lies in it
         )
         if self.beta:
-            labelled = F.cross_entropy(F.linear(z * self.temperature, last.normalized_weight()), labels)
+            logits = F.linear(z * self.temperature, last.normalized_weight())
+            labelled = F.cross_entropy(logits, train.labels[index])
             result = result._replace(loss=result.loss + self.beta * labelled)
         return result
 
 
 @torch.no_grad()
 def distance(network, start):
-    """|theta - theta_start|_2 over the parameters of encoder, head and all (App. D, Fig. 17): distance_encoder, _head, _total.
+    """|theta - theta_start|_2 over the parameters of encoder, head and all (App. D, Fig. 17).
 
-    ``start``: the network's state dict at the start.
+    start: the network's state dict at the start, best on its device. Returns distance_encoder,
+    distance_head and distance_total.
     """
-    squares = {"encoder": 0.0, "head": 0.0}
-    for name, parameter in network.named_parameters():
-        difference = parameter - start[name].to(parameter.device)
-        squares[name.split(".")[0]] += difference.square().sum().item()  # pairwise summation; vector_norm's is plainer
-    return {f"distance_{part}": value**0.5 for part, value in (squares | {"total": sum(squares.values())}).items()}
+    names = [name for name, _ in network.named_parameters()]
+    moved = [p - start[name].to(p.device) for name, p in network.named_parameters()]
+    # pairwise summation of each tensor, in doubles over them; a GPU is waited for once
+    squares = torch.stack([difference.square().sum() for difference in moved]).tolist()
+    parts = dict.fromkeys(("encoder", "head"), 0.0)
+    for name, square in zip(names, squares, strict=True):
+        parts[name.split(".")[0]] += square
+    parts["total"] = parts["encoder"] + parts["head"]
+    return {f"distance_{part}": value**0.5 for part, value in parts.items()}
 
 
 @torch.no_grad()
-def evaluate_start(distiller, data, batch_size):
-    """{field of ``LastLayerLoss``: mean over the training images}, with batch statistics as in training, but without a step."""
+def evaluate_start(distiller, batches):
+    """Loss, KL and entropies of each of ``batches`` (tensors of indices), without a step:
+    (len(batches), 4).
+
+    Batch norm sees batch statistics as in training, and its running ones do not move.
+    """
     buffers = {name: buffer.clone() for name, buffer in distiller.student.named_buffers()}
     distiller.train()
-    index = torch.arange(len(data.train), device=data.train.images.device).split(batch_size)
-    train = data.train
-    results = [distiller(normalize(train.images[i], data.mean, data.std), i, True, "fp32", train.labels[i]) for i in index]
-    for name, buffer in distiller.student.named_buffers():  # batch norm has moved its running statistics
+    results = torch.stack([torch.stack(distiller(index, observe=True)) for index in batches])
+    for name, buffer in distiller.student.named_buffers():
         buffer.copy_(buffers[name])
-    means = weighted_mean(torch.stack([torch.stack(result) for result in results]), [len(i) for i in index])
-    return dict(zip(LastLayerLoss._fields, means.tolist(), strict=True))
+    return results
 
 
 def weighted_mean(values, weights):

@@ -2,7 +2,9 @@
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: the message names the flag or file and says what would be right."""
+    """Something the user gave is wrong: the message names the flag or file and says what would be
+    right.
+    """
 
 
 class Diverged(RuntimeError):

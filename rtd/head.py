@@ -3,13 +3,14 @@
     MLP:           h = W2 gelu(W1 x + b1) + b2, gelu                  512 -> 2048 -> 2048
     l2-bottleneck: z = W^T h + b,  z~ = z / |z|,  y = V~^T z~         2048 -> 256 -> 2^16
 
-The columns of V~ have unit norm, so the outputs are the cosines between the bottleneck vector z~ and 2^16 directions.
-(The authors' released code computes that weight normalisation and then does not use it; the slots "-/lb/fn/-/l/-"
-reproduce what it did: y = V^T z~ with the raw V.)
+The columns of V~ have unit norm, so the outputs are the cosines between the bottleneck vector z~
+and 2^16 directions. (The authors' released code computes that weight normalisation and then does
+not use it; the slots "-/lb/fn/-/l/-" reproduce what it did: y = V^T z~ with the raw V.)
 
-Fig. 12 takes the bottleneck apart. It is written as six slots, ``wn1/lin1/fn1/wn2/lin2/fn2``: weight normalisation of the
-first layer, the first layer, normalisation of its output, and the same for the last layer; "wn" weight norm, "l" linear,
-"lb" linear with bias, "fn" feature norm, "-" nothing.
+Fig. 12 takes the bottleneck apart. It is written as six slots, ``wn1/lin1/fn1/wn2/lin2/fn2``:
+weight normalisation of the first layer, the first layer, normalisation of its output, and the same
+for the last layer; "wn" weight norm, "l" linear, "lb" linear with bias, "fn" feature norm, "-"
+nothing.
 """
 
 import torch.nn.functional as F
@@ -22,50 +23,66 @@ SLOTS = (("-", "wn"), ("-", "l", "lb"), ("-", "fn"), ("-", "wn"), ("l",), ("-", 
 
 
 def parse_slots(text):
-    """ "-/lb/fn/wn/l/-" -> its six slots, a tuple. Raises InputError where they are not, or do not go together."""
+    """ "-/lb/fn/wn/l/-" -> its six slots, a tuple. Raises InputError where they are not, or do not
+    go together.
+    """
     slots = tuple(text.split("/"))
-    if len(slots) != len(SLOTS) or any(slot not in allowed for slot, allowed in zip(slots, SLOTS, strict=True)):
+    if len(slots) != len(SLOTS) or any(
+        slot not in allowed for slot, allowed in zip(slots, SLOTS, strict=True)
+    ):
         form = ", ".join(" or ".join(allowed) for allowed in SLOTS)
-        raise InputError(f"--bottleneck {text}: give wn1/lin1/fn1/wn2/lin2/fn2, which are {form}; the paper's is {PAPERS}")
+        raise InputError(
+            f"--bottleneck {text}: give wn1/lin1/fn1/wn2/lin2/fn2, which are {form}; the paper's "
+            f"is {PAPERS}"
+        )
     if slots[:2] == ("wn", "-"):
         raise InputError(f"--bottleneck {text}: wn1 normalises the weights of lin1, but lin1 is -")
     return slots
 
 
 class L2Bottleneck(nn.Module):
-    """x -> V~^T z~ with z~ = (W^T x + b) / |W^T x + b| and |V~_{:,i}| = 1 (App. A), or a variant of it (Fig. 12).
+    """x -> V~^T z~ with z~ = (W^T x + b) / |W^T x + b| and |V~_{:,i}| = 1 (App. A), or a variant of
+    it (Fig. 12).
 
-    ``linear`` holds W (stored transposed, as torch does) and b; row i of ``last_layer.weight`` is the paper's column V_{:,i}.
-    Without a first layer, the last layer sees all of x: bottleneck_dim does not matter.
+    ``linear`` holds W (stored transposed, as torch does) and b; row i of ``last_layer.weight`` is
+    the paper's column V_{:,i}. Without a first layer, the last layer sees all of x: bottleneck_dim
+    does not matter.
     """
 
     def __init__(self, in_dim, bottleneck_dim, out_dim, slots=PAPERS):
         super().__init__()
-        self.first_weight_norm, first, self.feature_norm, weight_norm, _, self.output_norm = parse_slots(slots)
+        wn1, first, fn1, wn2, _, fn2 = parse_slots(slots)
+        self.first_weight_norm, self.feature_norm = wn1 == "wn", fn1 == "fn"
+        self.weight_norm, self.output_norm = wn2 == "wn", fn2 == "fn"
         bias, width = first == "lb", in_dim if first == "-" else bottleneck_dim
         self.linear = nn.Identity() if first == "-" else nn.Linear(in_dim, width, bias)
         self.last_layer = nn.Linear(width, out_dim, bias=False)
-        self.weight_norm = weight_norm == "wn"
 
     def bottleneck(self, x):
-        """(B, in_dim) -> (B, bottleneck_dim) what the last layer sees, in the parameters' precision also under autocast.
+        """(B, in_dim) -> (B, bottleneck_dim) what the last layer sees, in the parameters' precision
+        also under autocast.
 
-        Unit vectors in the paper's form. A normalisation of the outputs (slot fn2) is in here too: y / |y| with y = V^T z is
-        V^T (z / |y|), so that whoever has the bottleneck's output is one product away from the head's.
+        Unit vectors in the paper's form. A normalisation of the outputs (slot fn2) is in here too:
+        y / |y| with y = V^T z is V^T (z / |y|), so that whoever has the bottleneck's output is one
+        product away from the head's.
         """
-        if self.first_weight_norm == "wn":
+        if self.first_weight_norm:
             x = F.linear(x, F.normalize(self.linear.weight, dim=1), self.linear.bias)
         else:
             x = self.linear(x)
         z = x.to(self.last_layer.weight.dtype)
-        if self.feature_norm == "fn":
+        if self.feature_norm:
             z = F.normalize(z, dim=1)
-        if self.output_norm == "fn":
-            z = z / F.linear(z, self.normalized_weight()).to(z.dtype).norm(dim=1, keepdim=True).clamp_min(1e-12)
+        if self.output_norm:
+            z = z / F.linear(z, self.normalized_weight()).to(z.dtype).norm(
+                dim=1, keepdim=True
+            ).clamp_min(1e-12)
         return z
 
     def normalized_weight(self):
-        """(out_dim, bottleneck_dim): V~ (or the raw V without weight normalisation), normalised at every call."""
+        """(out_dim, bottleneck_dim): V~ (or the raw V without weight normalisation), normalised at
+        every call.
+        """
         weight = self.last_layer.weight
         return F.normalize(weight, dim=1) if self.weight_norm else weight
 
@@ -75,18 +92,23 @@ class L2Bottleneck(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """The 3-layer head of App. E.1: two hidden layers with GELU and no batch norm, then the l2-bottleneck.
+    """The 3-layer head of App. E.1: two hidden layers with GELU and no batch norm, then the
+    l2-bottleneck.
 
     With the paper's widths (512, 2048, 256, 2^16) it has 22,548,736 parameters.
     """
 
     def __init__(self, in_dim, hidden_dim=2048, bottleneck_dim=256, out_dim=2**16, slots=PAPERS):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU())
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU()
+        )
         self.l2_bottleneck = L2Bottleneck(hidden_dim, bottleneck_dim, out_dim, slots)
 
     def bottleneck(self, x):
-        """(B, in_dim) embeddings -> (B, bottleneck_dim) what the last layer sees: unit vectors in the paper's form."""
+        """(B, in_dim) embeddings -> (B, bottleneck_dim) what the last layer sees: unit vectors in
+        the paper's form.
+        """
         return self.l2_bottleneck.bottleneck(self.mlp(x))
 
     def forward(self, x):

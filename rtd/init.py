@@ -1,7 +1,9 @@
-"""Random initialisation: of encoders, of the head, and of a student next to its teacher (paper section 3).
+"""Random initialisation: of encoders, of the head, and of a student next to its teacher (paper
+section 3).
 
-Every draw comes from an explicit ``torch.Generator``; ``random_stream`` names one for each purpose, so that changing
-one (the probe's, say) does not move another (the batch order). Nothing here touches torch's global generator.
+Every draw comes from an explicit ``torch.Generator``; ``random_stream`` names one for each purpose,
+so that changing one (the probe's, say) does not move another (the batch order). Nothing here
+touches torch's global generator.
 """
 
 import hashlib
@@ -10,24 +12,31 @@ from functools import partial
 
 import torch
 from torch import nn
-from torchvision.models import VisionTransformer
 
 
 def random_stream(seed, *names):
-    """A CPU generator for the stream ``names`` (strings or integers) of ``seed``: equal arguments, equal draws."""
+    """A CPU generator for the stream ``names`` (strings or integers) of ``seed``: equal arguments,
+    equal draws.
+    """
     key = "/".join(str(part) for part in (seed, *names))
-    digest = hashlib.sha256(key.encode()).digest()  # not hash(): that is salted anew in each process
+    digest = hashlib.sha256(
+        key.encode()
+    ).digest()  # not hash(): that is salted anew in each process
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def init_encoder_(encoder, generator):
-    """Kaiming initialisation of all convolutions and linear layers, in place: N(0, 2 / fan_out), biases 0.
+    """Kaiming initialisation of all convolutions and linear layers, in place: N(0, 2 / fan_out),
+    biases 0.
 
-    Norm layers start as the identity: gain 1, bias 0, running mean 0 and variance 1. Fan-out mode and the gain sqrt(2)
-    are torchvision's for ResNet; the last norm gain of a residual branch is not zeroed. In a ViT, query, key and value are
-    a linear layer each; the class token starts at 0 and the position embedding as N(0, 0.02^2), torchvision's.
+    Norm layers start as the identity: gain 1, bias 0, running mean 0 and variance 1. Fan-out mode
+    and the gain sqrt(2) are torchvision's for ResNet; the last norm gain of a residual branch is
+    not zeroed. In a ViT, query, key and value are a linear layer each; the class token starts at 0
+    and the position embedding as N(0, 0.02^2), torchvision's.
     """
-    kaiming_ = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu", generator=generator)
+    kaiming_ = partial(
+        nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu", generator=generator
+    )
     for module in encoder.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             kaiming_(module.weight)
@@ -37,7 +46,7 @@ def init_encoder_(encoder, generator):
             for weight in module.in_proj_weight.chunk(3):
                 kaiming_(weight)
             nn.init.zeros_(module.in_proj_bias)
-        elif isinstance(module, VisionTransformer):
+        elif hasattr(module, "class_token"):  # torchvision's VisionTransformer
             nn.init.zeros_(module.class_token)
             nn.init.normal_(module.encoder.pos_embedding, std=0.02, generator=generator)
         elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
@@ -46,9 +55,11 @@ def init_encoder_(encoder, generator):
 
 
 def init_head_(head, generator):
-    """Truncated normal with sigma = 0.02 for all weights of the head, biases 0, in place (App. E.1).
+    """Truncated normal with sigma = 0.02 for all weights of the head, biases 0, in place (App.
+    E.1).
 
-    The cut-off is torch's default of +-2, which is 100 sigma: DINO's initialisation and the authors', and in effect a normal.
+    The cut-off is torch's default of +-2, which is 100 sigma: DINO's initialisation and the
+    authors', and in effect a normal.
     """
     for module in head.modules():
         if isinstance(module, nn.Linear):
@@ -58,20 +69,15 @@ def init_head_(head, generator):
     return head
 
 
-def init_network_(network, generator):
-    """Initialise encoder, then head, in place (INIT in section 3)."""
-    init_encoder_(network.encoder, generator)
-    init_head_(network.head, generator)
-    return network
-
-
 @torch.no_grad()
 def init_student_(student, teacher, alpha):
-    """theta_S(alpha) = ((1 - alpha) theta_T + alpha theta~) / delta, delta = sqrt(alpha^2 + (1 - alpha)^2) (section 3).
+    """theta_S(alpha) = ((1 - alpha) theta_T + alpha theta~) / delta, delta = sqrt(alpha^2 + (1 -
+    alpha)^2) (section 3).
 
-    ``student`` comes in as the fresh draw theta~ and leaves as theta_S(alpha). delta keeps the variance of each weight
-    for every alpha in [0, 1]. All parameters are mixed (so a batch norm's gain, 1 in both, becomes 1 / delta); buffers
-    keep their fresh values. In float32, alpha = 1e-10 leaves all but about 0.15 % of the entries equal to the teacher's.
+    ``student`` comes in as the fresh draw theta~ and leaves as theta_S(alpha). delta keeps the
+    variance of each weight for every alpha in [0, 1]. All parameters are mixed (so a batch norm's
+    gain, 1 in both, becomes 1 / delta); buffers keep their fresh values. In float32, alpha = 1e-10
+    leaves all but about 0.15 % of the entries equal to the teacher's.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")

@@ -1,4 +1,4 @@
-"""Losses between the outputs of teacher and student (paper section 3, App. A), right where the numbers are tiny.
+"""Losses between the outputs of teacher and student (section 3, App. A), accurate where tiny.
 
 With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
 
@@ -6,16 +6,18 @@ With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
     entropy        H(p)        = -sum p   log p          about log m = 11.09 for both
     KL             KL          = H(p_t, p_s) - H(p_t)    1e-7 to 1e-3: what is logged
 
-The gradient of cross-entropy and KL with respect to s is the same, p_s - p_t. The KL must not be computed as that
-difference: float32 resolves numbers around 11 to 1e-6. Because sum (p_s - p_t) = 0,
+The gradient of cross-entropy and KL with respect to s is the same, p_s - p_t. The KL must not be
+computed as that difference: float32 resolves numbers around 11 to 1e-6. Because sum (p_s - p_t) =
+0,
 
     KL = sum p_t phi(d),   d = log p_s - log p_t,   phi(x) = exp(x) - 1 - x >= 0,
 
-a sum of terms of one sign, each of the size of the result. Likewise log p = s - logmeanexp(s) - log m is kept as two
-numbers, of which the first (s - logmeanexp(s), about 0.1) is held to 1e-8 in float32 and the second is a constant.
+a sum of terms of one sign, each of the size of the result. Likewise log p = s - logmeanexp(s) - log
+m is kept as two numbers, of which the first (s - logmeanexp(s), about 0.1) is held to 1e-8 in
+float32 and the second is a constant.
 
-``cross_entropy``, ``kl_divergence`` and ``entropy`` are the definitions, on (B, m) logits. ``rtd.last_layer`` computes
-the same from the head's bottleneck, without ever holding those.
+``cross_entropy``, ``kl_divergence`` and ``entropy`` are the definitions, on (B, m) logits.
+``rtd.last_layer`` computes the same from the head's bottleneck, without ever holding those.
 """
 
 import math
@@ -24,33 +26,49 @@ import torch
 
 
 def log_mean_exp(logits, dim=-1):
-    """log(mean(exp(logits))) over ``dim``: the normaliser that stays near 0 for near-uniform softmaxes."""
+    """log(mean(exp(logits))) over ``dim``: the normaliser that stays near 0 for near-uniform
+    softmaxes.
+    """
     highest = logits.amax(dim, keepdim=True)
     return (highest + (logits - highest).exp().mean(dim, keepdim=True).log()).squeeze(dim)
 
 
 def exp_minus_one_minus(x):
-    """phi(x) = exp(x) - 1 - x to full relative precision: by its series where the difference would cancel."""
+    """phi(x) = exp(x) - 1 - x to full relative precision: by its series where the difference would
+    cancel.
+    """
     series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
     return torch.where(x.abs() < 0.05, series, torch.expm1(x) - x)
 
 
 def kl_terms(p_s, p_t, d):
-    """p_t phi(d) with d = log(p_s / p_t): the terms whose sum is the KL, also where exp(d) overflows and p_t underflows."""
-    return torch.where(d.abs() < 1, p_t * exp_minus_one_minus(d), p_s - p_t * (1 + d))  # far apart, nothing cancels
+    """p_t phi(d) with d = log(p_s / p_t): the terms whose sum is the KL, also where exp(d)
+    overflows and p_t underflows.
+    """
+    return torch.where(
+        d.abs() < 1, p_t * exp_minus_one_minus(d), p_s - p_t * (1 + d)
+    )  # far apart, nothing cancels
 
 
 def cross_entropy(student_logits, teacher_logits):
     """H(p_t, p_s) of each image: two (..., m) tensors of logits -> (...), in nats."""
     p_t = teacher_logits.softmax(-1)
-    return log_mean_exp(student_logits) + math.log(student_logits.shape[-1]) - (p_t * student_logits).sum(-1)
+    return (
+        log_mean_exp(student_logits)
+        + math.log(student_logits.shape[-1])
+        - (p_t * student_logits).sum(-1)
+    )
 
 
 def kl_divergence(student_logits, teacher_logits):
-    """KL(p_t || p_s) of each image: two (..., m) tensors of logits -> (...), in nats; no cancellation, never negative."""
+    """KL(p_t || p_s) of each image: two (..., m) tensors of logits -> (...), in nats; no
+    cancellation, never negative.
+    """
     log_ratio_s = student_logits - log_mean_exp(student_logits).unsqueeze(-1)
     log_ratio_t = teacher_logits - log_mean_exp(teacher_logits).unsqueeze(-1)
-    return kl_terms(student_logits.softmax(-1), teacher_logits.softmax(-1), log_ratio_s - log_ratio_t).sum(-1)
+    return kl_terms(
+        student_logits.softmax(-1), teacher_logits.softmax(-1), log_ratio_s - log_ratio_t
+    ).sum(-1)
 
 
 def entropy(logits):

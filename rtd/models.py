@@ -1,20 +1,26 @@
-"""Encoders (paper section 3, Table 5) and the network that distillation trains: encoder, then projection head.
+"""Encoders (paper section 3, Table 5) and the network that distillation trains: encoder, then
+projection head.
 
 An encoder maps normalised images to an embedding, the representation that the probes judge:
 
-* VGG11, 13, 16, 19 are torchvision's convolutional ``features`` without batch norm, flattened: no average pool, no
-  classifier, no dropout (VGG11: 9,220,480 parameters; 512 dimensions at 32x32).
-* ResNet18, 34, 50 are torchvision's with the CIFAR stem: a 3x3 convolution of stride 1 instead of 7x7 of stride 2, no
-  max pool, no classification layer (ResNet18: 11,168,832 parameters; 512 dimensions, ResNet50 2,048).
-* ResNet20, 56 are the narrow three-stage networks that He et al. (2016) made for CIFAR-10, of torchvision's blocks, with
-  projection shortcuts (ResNet20: 271,824 parameters; 64 dimensions). They are the ones for quick looks.
-* ViT-Tiny, Small, Medium, Base are torchvision's VisionTransformer with 8x8 patches, 12 blocks and no classification layer
-  (ViT-Tiny: 5,379,264 parameters; 192 dimensions). Table 5's counts (594,048) are those of 16x16 patches and one block
-  whose weights all 12 share; the text says patches of 8.
+* VGG11, 13, 16, 19 are torchvision's convolutional ``features`` without batch norm, flattened: no
+  average pool, no classifier, no dropout (VGG11: 9,220,480 parameters; 512 dimensions at 32x32).
+* ResNet18, 34, 50 are torchvision's with the CIFAR stem: a 3x3 convolution of stride 1 instead of
+  7x7 of stride 2, no max pool, no classification layer (ResNet18: 11,168,832 parameters; 512
+  dimensions, ResNet50 2,048).
+* ResNet20, 56 are the narrow three-stage networks that He et al. (2016) made for CIFAR-10, of
+  torchvision's blocks, with projection shortcuts (ResNet20: 271,824 parameters; 64 dimensions).
+  They are the ones for quick looks.
+* ViT-Tiny, Small, Medium, Base are torchvision's VisionTransformer with 8x8 patches, 12 blocks and
+  no classification layer (ViT-Tiny: 5,379,264 parameters; 192 dimensions). Table 5's counts
+  (594,048) are those of 16x16 patches and one block whose weights all 12 share; the text says
+  patches of 8.
 
-Norm layers (Fig. 11) stand between convolution and ReLU. VGG has none and ResNet batch norm unless another is asked for.
+Norm layers (Fig. 11) stand between convolution and ReLU. VGG has none and ResNet batch norm unless
+another is asked for.
 
-Modules are built without drawing a single random number: ``rtd.init`` fills them from a generator of the caller's.
+``random_network`` makes a network with values drawn from a generator, ``network_of`` one with given
+values.
 """
 
 from collections import OrderedDict
@@ -22,10 +28,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from torchvision.models import VisionTransformer, resnet, vgg
 
 from rtd.errors import InputError
 from rtd.head import PAPERS, ProjectionHead
+from rtd.init import init_encoder_, init_head_
+
+# torchvision is imported where it is used: that takes as long as torch, and --help needs none.
 
 NORMS = {  # of C channels; all with a gain and a bias for each channel
     "batch": nn.BatchNorm2d,
@@ -37,15 +45,21 @@ NORMS = {  # of C channels; all with a gain and a bias for each channel
 
 
 def _vgg(name, norm="none"):
+    from torchvision.models import vgg
+
     if norm == "none":
         layers = getattr(vgg, name)(init_weights=False).features
     else:
         layers = getattr(vgg, f"{name}_bn")(init_weights=False).features
-        layers = nn.Sequential(*(NORMS[norm](m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in layers))
+        layers = nn.Sequential(
+            *(NORMS[norm](m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in layers)
+        )
     return nn.Sequential(OrderedDict(features=layers, flatten=nn.Flatten()))
 
 
 def _resnet(name, norm="batch"):
+    from torchvision.models import resnet
+
     model = getattr(resnet, name)(norm_layer=NORMS[norm])
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -54,27 +68,53 @@ def _resnet(name, norm="batch"):
 
 
 def _narrow_resnet(blocks, norm="batch"):
-    """He et al. (2016), section 4.2: 3 stages of ``blocks`` blocks with 16, 32 and 64 channels; 6 blocks + 2 layers."""
+    """He et al. (2016), section 4.2: 3 stages of ``blocks`` blocks with 16, 32 and 64 channels; 6
+    blocks + 2 layers.
+    """
+    from torchvision.models.resnet import BasicBlock
+
     norm = NORMS[norm]
-    layers = [nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False), norm(16), nn.ReLU(inplace=True)]
+    layers = [
+        nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False),
+        norm(16),
+        nn.ReLU(inplace=True),
+    ]
     width = 16
     for planes in (16, 32, 64):
         for _ in range(blocks):
             shortcut = None
             if width != planes:
-                shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, stride=2, bias=False), norm(planes))
-            layers.append(resnet.BasicBlock(width, planes, 1 if shortcut is None else 2, shortcut, norm_layer=norm))
+                shortcut = nn.Sequential(
+                    nn.Conv2d(width, planes, 1, stride=2, bias=False), norm(planes)
+                )
+            layers.append(
+                BasicBlock(width, planes, 1 if shortcut is None else 2, shortcut, norm_layer=norm)
+            )
             width = planes
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def _vit(width, heads, image_size):
-    model = VisionTransformer(image_size, patch_size=8, num_layers=12, num_heads=heads, hidden_dim=width, mlp_dim=4 * width)
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(
+        image_size,
+        patch_size=8,
+        num_layers=12,
+        num_heads=heads,
+        hidden_dim=width,
+        mlp_dim=4 * width,
+    )
     model.heads = nn.Identity()
     return model
 
 
-VITS = {"vit-tiny": (192, 3), "vit-small": (384, 6), "vit-medium": (512, 8), "vit-base": (768, 12)}  # width, heads
+VITS = {
+    "vit-tiny": (192, 3),
+    "vit-small": (384, 6),
+    "vit-medium": (512, 8),
+    "vit-base": (768, 12),
+}  # width, heads
 CONVOLUTIONAL = {
     **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
@@ -85,10 +125,12 @@ ENCODERS = (*CONVOLUTIONAL, *VITS)
 
 
 def build_encoder(encoder, norm=None, image_size=32):
-    """The encoder called ``encoder``, on the meta device (no memory, no values): see ``materialize``.
+    """The encoder called ``encoder``, on the meta device: it has shapes, but no memory and no
+    values.
 
-    norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in pixels. Raises InputError for
-    names that are not in ``ENCODERS``, norms that do not go with them and sizes that are not made of 8x8 patches for a ViT.
+    norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in
+    pixels. Raises InputError for names that are not in ``ENCODERS``, norms that do not go with them
+    and sizes that a ViT cannot cut into patches of 8x8.
     """
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder '{encoder}': choose one of {', '.join(ENCODERS)}")
@@ -96,20 +138,28 @@ def build_encoder(encoder, norm=None, image_size=32):
         if encoder in CONVOLUTIONAL:
             return CONVOLUTIONAL[encoder](**({"norm": norm} if norm else {}))
         if norm:
-            raise InputError(f"--norm {norm}: {encoder} has layer norms of its own; leave --norm out")
+            raise InputError(f"--norm {norm}: {encoder} has layer norms of its own; leave it out")
         if image_size % 8:
-            raise InputError(f"--image-size {image_size}: {encoder} cuts images into 8x8 patches; choose a multiple of 8")
+            raise InputError(
+                f"--image-size {image_size}: {encoder} cuts images into 8x8 patches; choose a "
+                "multiple of 8"
+            )
         return _vit(*VITS[encoder], image_size)
 
 
 def embedding_dim(encoder, image_size=32):
-    """Width of the embedding of (3, image_size, image_size) images; ``encoder`` must still be on the meta device."""
+    """Width of the embedding of (3, image_size, image_size) images by a ``build_encoder``."""
     with torch.no_grad():
-        return encoder.eval()(torch.empty(1, 3, image_size, image_size, device="meta")).shape[1]
+        images = torch.empty(1, 3, image_size, image_size, device="meta")
+        width = encoder.eval()(images).shape[1]
+    encoder.train()  # as it was built
+    return width
 
 
 class Network(nn.Module):
-    """Encoder and projection head, the f_theta that is teacher and student alike (section 3, App. E.1)."""
+    """Encoder and projection head, the f_theta that is teacher and student alike (section 3, App.
+    E.1).
+    """
 
     def __init__(self, encoder, head):
         super().__init__()
@@ -117,7 +167,9 @@ class Network(nn.Module):
         self.head = head
 
     def bottleneck(self, images):
-        """(B, 3, H, W) normalised images -> (B, K) what the head's last layer sees: unit vectors, float32."""
+        """(B, 3, H, W) normalised images -> (B, K) what the head's last layer sees: unit vectors,
+        float32.
+        """
         return self.head.bottleneck(self.encoder(images))
 
     def forward(self, images):
@@ -125,25 +177,64 @@ class Network(nn.Module):
         return self.head(self.encoder(images))
 
 
-def build_network(encoder, out_dim=2**16, hidden_dim=2048, bottleneck_dim=256, bottleneck=PAPERS, norm=None, image_size=32):
-    """A ``Network`` with the encoder ``build_encoder`` makes and the paper's head, on the meta device.
+def build_network(
+    encoder,
+    out_dim=2**16,
+    hidden_dim=2048,
+    bottleneck_dim=256,
+    bottleneck=PAPERS,
+    norm=None,
+    image_size=32,
+):
+    """A ``Network`` with the encoder ``build_encoder`` makes and the paper's head, without values.
 
-    bottleneck: its slots, see ``rtd.head.L2Bottleneck``.
+    bottleneck: its six slots, see ``rtd.head.L2Bottleneck``. Raises InputError as that and
+    ``build_encoder`` do.
     """
     encoder = build_encoder(encoder, norm, image_size)
     with torch.device("meta"):
-        head = ProjectionHead(embedding_dim(encoder, image_size), hidden_dim, bottleneck_dim, out_dim, bottleneck)
+        head = ProjectionHead(
+            embedding_dim(encoder, image_size), hidden_dim, bottleneck_dim, out_dim, bottleneck
+        )
     return Network(encoder, head)
 
 
-def materialize(module, device="cpu"):
-    """Give a module from the meta device uninitialised memory on ``device``, convolutions in channels-last layout.
+def materialize(module):
+    """Give a module without values uninitialised memory on the CPU, convolutions channels-last.
 
-    Channels-last is the layout in which convolutions run fastest on CPUs and tensor cores; it changes no number's meaning.
+    In that layout convolutions run fastest on CPUs and tensor cores; it changes no number.
     """
-    return module.to_empty(device=device).to(memory_format=torch.channels_last)
+    return module.to_empty(device="cpu").to(memory_format=torch.channels_last)
+
+
+def random_network(generator, **model):
+    """A ``Network`` at random initialisation (INIT in section 3): first its encoder, then its head.
+
+    model: arguments of ``build_network``. generator: a CPU ``torch.Generator``.
+    """
+    network = materialize(build_network(**model))
+    init_encoder_(network.encoder, generator)
+    init_head_(network.head, generator)
+    return network
+
+
+def network_of(state, **model):
+    """The ``Network`` that ``build_network(**model)`` makes with the values of a state dict."""
+    network = materialize(build_network(**model))
+    network.load_state_dict(state)
+    return network
+
+
+def autocast(device, precision):
+    """A context in which, with precision "bf16", convolutions and linear layers run in bfloat16.
+
+    Parameters, gradients, optimizer state, norms, soft-maxes and losses stay float32.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def parameter_count(module):
-    """Number of parameters; buffers (batch norm's running statistics) do not count, as in Table 5."""
+    """Number of parameters; buffers (batch norm's running statistics) do not count, as in Table
+    5.
+    """
     return sum(p.numel() for p in module.parameters())

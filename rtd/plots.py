@@ -1,141 +1,385 @@
-"""Figures, drawn from the CSV logs; matplotlib is an optional extra."""
+"""The paper's figures: rows of CSV logs in, a matplotlib figure out.
+
+Colours are Okabe and Ito's, viridis and cividis, which colour-blind readers tell apart. Bands and
+error bars are one sample standard deviation. matplotlib is optional, so functions import it.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+
+import numpy as np
 
 from rtd.errors import InputError
-from rtd.files import atomic_write
-from rtd.logs import mean_and_std, read_csv
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-STUDENT, TEACHER, INPUT, LOSS = "#0072B2", "#D55E00", "#555555", "#009E73"
-KINDS = {"student": STUDENT, "random": TEACHER, "student-init": TEACHER, "teacher": LOSS}
-STYLES = ("-", "--", "-.", ":")
-
-
-def available():
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def new_figure(columns, rows=1, **options):
-    """(figure, axes) of ``rows`` x ``columns`` panels, on matplotlib's own canvas: no display is needed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.3 * rows), layout="constrained", **options)
-
-
-def save_figure(figure, path):
-    """Write ``figure`` to ``path`` as a PNG and close it."""
-    from matplotlib import pyplot
-
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130, metadata={"Software": None})  # the same bytes for the same data
-    pyplot.close(figure)
+# The metadata of each format that would change the bytes from day to day.
+FORMATS = {"png": "Software", "pdf": "Creator Producer CreationDate", "svg": "Creator Date"}
+STYLE = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9.5,
+    "legend.frameon": False,
+    "legend.loc": "upper left",
+    "lines.markersize": 5,
+    "savefig.bbox": "tight",
+    "savefig.dpi": 130,
+    "svg.hashsalt": "rtd",
+}
+BLUE, RED, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+COLORS = BLUE, RED, GREEN, PINK, "#E69F00", "#56B4E9", "#000000"
+KINDS = {"student": BLUE, "random": RED, "student-init": PINK, "teacher": GREEN}
+LOOKS = (
+    {"linestyle": "-", "marker": "o"},
+    {"linestyle": "--", "marker": "s"},
+    {"linestyle": ":", "marker": "^"},
+    {"linestyle": "-.", "marker": "D"},
+)
+NETWORKS = {"student": {"color": BLUE}, "teacher": {"color": RED}, "input pixels": {"color": GREY}}
+PARTS = {"encoder": {"color": BLUE}, "head": {"color": GREEN}}
+PROBES = {"linear": "linear probe", "knn": "k-NN probe"}
+ACCURACY = "test accuracy (%)"
+LABELS = {"kl": "KL(teacher || student), nats", "distance": "distance from the start"}
+KL = {"kl": "distillation loss"}
+PLANES = {"train_kl": "train KL, nats"} | {p: f"{name},\n{ACCURACY}" for p, name in PROBES.items()}
 
 
-def line(axis, logs, column, color, label, style="-"):
-    """Mean over logs of ``column`` against the epochs where all have it, with a band of one standard deviation."""
-    found = [{row["epoch"]: row[column] for row in log if row[column] is not None} for log in logs]
-    epochs = [epoch for epoch in found[0] if all(epoch in values for values in found)]
-    if not epochs:
-        return
-    values = [[values[epoch] for epoch in epochs] for values in found]
-    stats = [mean_and_std(at_epoch) for at_epoch in zip(*values, strict=True)]
-    mean = [m for m, _ in stats]
-    axis.plot(epochs, mean, style, color=color, label=label, linewidth=1.6)
-    if len(logs) > 1:
-        axis.fill_between(epochs, [m - s for m, s in stats], [m + s for m, s in stats], color=color, alpha=0.2, linewidth=0)
+@contextlib.contextmanager
+def _style():
+    """matplotlib's settings outside have no effect inside, and are left as they are."""
+    if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
+        import matplotlib
+
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):  # figures need no backend, so it may be unknown
+            matplotlib.rcParams["backend"] = backend
+    from matplotlib import style
+
+    with style.context(["default", STYLE]):
+        yield
 
 
-def plot_curves(path, log_paths, title=""):
-    """Fig. 1: test accuracy of both probes for student, teacher and input against the epoch, and the KL, as a PNG.
+@_style()
+def save(figure, file, format="png"):
+    """Write ``figure`` into ``file``, a path or binary file; the same data give the same bytes."""
+    figure.savefig(file, format=format, metadata=dict.fromkeys(FORMATS[format].split()))
 
-    ``log_paths``: log.csv of one run, or of several seeds (mean and band).
+
+def _figure(columns, title, legends=0, rows=1, layout="constrained", **options):
+    """(figure, its rows x columns axes in a flat array), with room for legends beside axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((3.6 * columns + 2 * legends, 3.4 * rows), layout=layout)
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
+
+
+def _legend(axis, looks, seeds=1):
+    """A legend of ``looks``, {label: look of a line}, on the right of ``axis``, off the data."""
+    for label, look in looks.items():
+        axis.plot([], [], label=label, **look)
+    title = f"mean and standard\ndeviation, n = {seeds}" if seeds > 1 else None
+    axis.legend(bbox_to_anchor=(1, 1), title=title)
+
+
+def _line(axis, samples, **look):
+    """The mean of ``samples``, {x: [values]}, with a band, or bars if no line joins the points."""
+    xs, values = zip(*sorted(samples.items()), strict=True)
+    mean, std = np.transpose([(np.mean(v), np.std(v, ddof=len(v) > 1)) for v in values])
+    if len(xs) >= 15:
+        look["marker"] = ""
+    axis.plot(xs, mean, **look)
+    if std.any() and look["linestyle"]:
+        axis.fill_between(xs, mean - std, mean + std, color=look["color"], alpha=0.2, linewidth=0)
+    elif std.any():
+        axis.errorbar(xs, mean, std, color=look["color"], fmt="none")
+
+
+def _samples(rows, x, y, *keys):
+    """{values of ``keys``: {x: [y of each row that has one]}}."""
+    found = {}
+    for row in rows:
+        if row[y] is not None:
+            series = found.setdefault(tuple(row.get(key) for key in keys), {})
+            series.setdefault(row[x], []).append(row[y])
+    return found
+
+
+def _history(logs, column, first=0, x="epoch"):
+    """{x: [value of each log]} where all have one from epoch ``first`` on, or the start alone."""
+    rows = [row for log in logs for row in log if row["epoch"] >= first or len(log) == 1]
+    found = _samples(rows, x, column).get((), {})
+    return {x: values for x, values in found.items() if len(values) == len(logs)}
+
+
+def best_and_final(rows, column):
+    """Maximum over the epochs after training began (what the authors report), and last value."""
+    values = [value for (value,) in _history([rows], column, 1).values()]
+    return max(values), values[-1]
+
+
+def _log_scale(axis):
+    """A KL's ticks can be read whatever its range; what is as good as zero is off the scale."""
+    if axis.dataLim.y1 > 0:
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, 1e-4 * high))
+        axis.yaxis.get_minor_formatter().minor_thresholds = 1.5, 0.5  # decades
+
+
+def _label(column):
+    """What a column measures; those that ``LABELS`` does not name are accuracies."""
+    return LABELS.get(column.split("_")[0], ACCURACY)
+
+
+def _over_time(axis, lines, column, title):
+    """``column`` against the epoch, or step if epochs differ; a line for each (logs, look)."""
+    ends = [log[-1] for logs, _ in lines for log in logs]
+    x = "step" if len({e["step"] / e["epoch"] for e in ends if e["epoch"]}) > 1 else "epoch"
+    for logs, look in lines:  # a KL's without the start, where it is 0
+        _line(axis, _history(logs, column, column in KL, x), **look)
+    axis.set(title=title, xlabel=x, ylabel=_label(column))
+    axis.locator_params("x", integer=True, min_n_ticks=1)
+    if column in KL:
+        _log_scale(axis)
+
+
+def _probed(logs, first=0):
+    """The probes that all ``logs`` have results of, from epoch ``first`` on."""
+    if not logs or not all(logs):
+        raise InputError("no picture is drawn: a run has no epoch in its log yet")
+    return [p for p in PROBES if all(_history([log], f"student_{p}", first) for log in logs)]
+
+
+@_style()
+def curves(logs, title=""):
+    """Fig. 1: both probes of student, teacher and input, and the KL, against the epoch.
+
+    logs: the rows of log.csv of each seed.
     """
-    logs = [read_csv(p) for p in log_paths]
-    if not all(logs):
-        raise InputError(f"{log_paths[0]} has no rows to draw")
-    figure, axes = new_figure(3)
-    for axis, probe, name in zip(axes, ("linear", "knn"), ("linear probe", "k-NN probe"), strict=False):
-        line(axis, logs, f"student_{probe}", STUDENT, "student")
-        line(axis, logs, f"teacher_{probe}", TEACHER, "teacher", "--")
-        line(axis, logs, f"input_{probe}", INPUT, "input pixels", ":")
-        axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=name)
-        if axis.lines:
-            axis.legend(frameon=False)
-    trained = [[row for row in log if row["epoch"] > 0] for log in logs]  # at its start a student is its teacher: KL 0
-    line(axes[2], trained, "kl", LOSS, "KL")
-    axes[2].set(xlabel="epoch", ylabel="KL(teacher || student), nats", title="distillation loss", yscale="log")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize="medium")
-    save_figure(figure, path)
+    probed = _probed(logs)
+    figure, axes = _figure(len(probed) + 1, title, 1)
+    _over_time(axes[-1], [(logs, LOOKS[0] | {"color": GREEN})], "kl", KL["kl"])
+    for axis, probe in zip(axes, probed, strict=False):
+        there = [[row for row in log if row[f"student_{probe}"] is not None] for log in logs]
+        for name, color in NETWORKS.items():
+            lines = [(there, LOOKS[0] | color)]
+            _over_time(axis, lines, f"{name.split()[0]}_{probe}", PROBES[probe])
+    if probed:
+        _legend(axis, NETWORKS, len(logs))
+    return figure
 
 
-def plot_imp(path, csv_path, kinds, title=""):
-    """Fig. 8: final test accuracy against the weights that remain, a curve for each kind of start and rewind epoch.
+def _text(value):
+    """A flag's value in words; None is what no flag gives."""
+    return f"{value:.9g}" if isinstance(value, float) else str(value).replace("None", "default")
 
-    ``kinds``: {init as in the CSV: "student", "random" ...}. Starts of one kind are averaged (mean and band).
+
+def _sweep(names, groups, title, times, ends, parts):
+    """A panel over time for each of ``times``, {column: title}, and one against the last flag for
+    each of ``ends``, {title: columns}, of the best accuracies or final distances of ``parts``.
+
+    The last flag is the colour over time. The others are line style and marker everywhere.
     """
-    curves = {}  # (kind, rewind epoch) -> {weights left: accuracies}
-    for row in read_csv(csv_path):
-        curve = curves.setdefault((kinds[row["init"]], row["rewind_epoch"]), {})
-        curve.setdefault(100 * (1 - row["sparsity"]), []).append(row["test_accuracy"])
-    if not curves:
-        raise InputError(f"{csv_path} has no rows to draw")
-    rewinds = sorted({rewind for _, rewind in curves})
-    figure, axis = new_figure(1)
-    for (kind, rewind), curve in curves.items():
-        left, stats = list(curve), [mean_and_std(values) for values in curve.values()]
-        color, style = KINDS[kind], STYLES[rewinds.index(rewind) % len(STYLES)]
-        marker = "s" if kind == "student-init" else "o"
-        axis.plot(
-            left, [m for m, _ in stats], style + marker, color=color, label=f"{kind}, l = {rewind}", markersize=3, linewidth=1.4
-        )
-        if all(s is not None for _, s in stats):
-            axis.fill_between(left, [m - s for m, s in stats], [m + s for m, s in stats], color=color, alpha=0.2, linewidth=0)
-    axis.set(xscale="log", xlabel="weights remaining (%)", ylabel="test accuracy (%)", title=title)
-    axis.invert_xaxis()
-    left = sorted({left for curve in curves.values() for left in curve}, reverse=True)
-    axis.minorticks_off()
-    axis.set_xticks(left[:: max(1, round(len(left) / 8))])  # at rounds
-    axis.xaxis.set_major_formatter("{x:.3g}")
-    axis.legend(frameon=False, fontsize="small")
-    axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    from matplotlib import colormaps
+
+    *others, last = (name.replace("_", " ") for name in names)
+    values = list(dict.fromkeys(key[-1] for key in groups))
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    places = dict(zip(values, values if numbers else range(len(values)), strict=True))
+    colors = COLORS
+    if numbers or len(values) > len(COLORS):  # from bright to dark, as in Fig. 3
+        colors = colormaps["viridis_r"](np.linspace(0.1, 1, len(values)))
+    colors = dict(zip(values, colors, strict=False))
+    looks = {}  # values of the other flags -> look
+    for key in groups:
+        looks.setdefault(key[:-1], LOOKS[len(looks) % len(LOOKS)])
+    legend = {
+        "\n".join(f"{n} = {_text(v)}" for n, v in zip(others, key, strict=True)): look
+        | {"color": GREY}
+        for key, look in looks.items()
+        if key
+    }
+    figure, axes = _figure(len(times) + len(ends), title, 2)
+    lines = [(logs, looks[k[:-1]] | {"color": colors[k[-1]]}) for k, logs in groups.items()]
+    for axis, panel in zip(axes, times.items(), strict=False):
+        _over_time(axis, lines, *panel)
+    seen = {f"{last} = {_text(value)}": {"color": color} for value, color in colors.items()}
+    _legend(axis, seen | legend, max(map(len, groups.values())))
+    bare = {} if numbers else {"linestyle": ""}  # no line joins categories
+    for axis, (heading, columns) in zip(axes[len(times) :], ends.items(), strict=True):
+        for (name, color), (series, look) in itertools.product(parts.items(), looks.items()):
+            column = columns.format(name.split()[0])
+            found = {
+                places[key[-1]]: [best_and_final(log, column)["distance" in column] for log in logs]
+                for key, logs in groups.items()
+                if key[:-1] == series
+            }
+            _line(axis, found, **look | color | bare)
+        if numbers and last != "alpha":  # sizes and learning rates vary by factors
+            axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(list(places.values()), map(_text, values), rotation=30, ha="right")
+        axis.set(title=heading, xlabel=last, ylabel=_label(columns))
+    if ends:
+        _legend(axis, {part: LOOKS[0] | color | bare for part, color in parts.items()} | legend)
+    return figure
 
 
-def plot_lmc(path, csv_path, kinds, title=""):
-    """Fig. 9: test error on the line between two runs against gamma: a panel a start, a thin line a pair, their mean thick.
+@_style()
+def sweep(names, groups, title=""):
+    """Figs. 3, 4, 10, 11, 12, Table 5: the student over time, and both probes' best values.
 
-    Batch norm's statistics recomputed if the CSV has that; if it has both, the mean with interpolated ones is dashed.
+    names: the flags that vary, but for the seed. groups: {their values: [rows of each log.csv]}.
     """
-    rows = read_csv(csv_path)
+    probed = _probed(sum(groups.values(), []), first=1)
+    times = {f"student_{p}": f"student, {PROBES[p]}" for p in probed[:1]} or KL
+    ends = {f"{PROBES[p]}, best epoch": f"{{}}_{p}" for p in probed}
+    return _sweep(names, groups, title, times, ends, NETWORKS)
+
+
+@_style()
+def dynamics(names, groups, title=""):
+    """Fig. 17: KL and distance from the start over time, the distances of both parts in the end."""
+    _probed(sum(groups.values(), []))
+    times = KL | {"distance_total": "all parameters"}
+    return _sweep(names, groups, title, times, {"final epoch": "distance_{}"}, PARTS)
+
+
+def _of_kinds(rows, kinds):
     if not rows:
-        raise InputError(f"{csv_path} has no rows to draw")
-    inits = list(dict.fromkeys(row["init"] for row in rows))
-    treatments = sorted({row["bn"] for row in rows}, key=["recompute", "interpolate", "none"].index)
-    figure, axes = new_figure(len(inits), sharey=True, squeeze=False)
-    for axis, init in zip(axes[0], inits, strict=True):
-        for bn, style in zip(treatments, STYLES, strict=False):
-            lines = {}  # (i, j) -> [(gamma, error)]
-            for row in rows:
-                if (row["init"], row["bn"]) == (init, bn):
-                    lines.setdefault((row["i"], row["j"]), []).append((row["gamma"], row["test_error"]))
-            lines = [list(zip(*sorted(line), strict=True)) for line in lines.values()]
-            for gamma, error in lines if bn == treatments[0] else ():
-                axis.plot(gamma, error, color=KINDS[kinds[init]], alpha=0.4, linewidth=0.7)
-            mean = [mean_and_std(errors)[0] for errors in zip(*(error for _, error in lines), strict=True)]
-            axis.plot(lines[0][0], mean, style, color=KINDS[kinds[init]], linewidth=2.2, label=f"statistics: {bn}")
-        axis.set(xlabel="gamma", title=kinds[init] if len(set(kinds.values())) == len(kinds) else init[-40:])
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("test error (%)")
-    if treatments != ["none"]:
-        axes[0][0].legend(frameon=False, fontsize="small")
-    figure.suptitle(title, fontsize="medium")
-    save_figure(figure, path)
+        raise InputError("no picture is drawn: there are no results yet")
+    return [row | {"kind": kinds[row["init"]]} for row in rows]
+
+
+@_style()
+def imp(rows, kinds, title=""):
+    """Fig. 8: test accuracy against the weights that remain, for each kind of start and rewind.
+
+    rows: of imp.csv. kinds: {init as in the CSV: "student", "random" ...}; starts of one kind are
+    averaged.
+    """
+    rows = [row | {"left": 100 * (1 - row["sparsity"])} for row in _of_kinds(rows, kinds)]
+    chains = _samples(rows, "left", "test_accuracy", "kind", "rewind_epoch", "control")
+    rewinds, looks = sorted({rewind for _, rewind, _ in chains}), {}
+    figure, (axis,) = _figure(1, title, 1.5)
+    for (kind, rewind, control), chain in chains.items():
+        look = LOOKS[rewinds.index(rewind) % len(LOOKS)] | {"color": KINDS[kind]}
+        label = f"{kind}, rewound to epoch {rewind}"
+        if control:
+            look |= {"markerfacecolor": "white", "linewidth": 0.8}
+            label += ",\nmasks shuffled"
+        if (n := max(map(len, chain.values()))) > 1:
+            label += f", mean of {n}"
+        looks[label] = look
+        _line(axis, chain, **look)
+    axis.set(xscale="log", xlabel="weights remaining (%)", ylabel=ACCURACY)
+    axis.invert_xaxis()
+    axis.minorticks_off()
+    left = sorted({row["left"] for row in rows})
+    axis.set_xticks(left[:: -max(1, round(len(left) / 8))])  # at rounds
+    axis.xaxis.set_major_formatter("{x:.3g}")
+    _legend(axis, looks)
+    return figure
+
+
+@_style()
+def lmc(rows, kinds, title=""):
+    """Fig. 9: test error on the line between two runs, a panel for each kind of start.
+
+    rows: of lmc.csv. kinds: as in ``imp``. Pairs of runs are thin and their mean is thick, with a
+    line style for each treatment of batch norm.
+    """
+    rows = _of_kinds(rows, kinds)
+    shown = list(dict.fromkeys(row["kind"] for row in rows))
+    treatments = sorted({row["bn"] for row in rows}, reverse=True)  # recompute before interpolate
+    figure, axes = _figure(len(shown), title, 1.2, sharey=True)
+    axes[0].set_ylabel("test error (%)")
+    looks = {}
+    for pair in (), ("init", "i", "j"):
+        lines = _samples(rows, "gamma", "test_error", "bn", "kind", *pair)
+        for (bn, kind, *_), line in lines.items():
+            look = {"linestyle": LOOKS[treatments.index(bn)]["linestyle"]}
+            look["linewidth"] = 0.6 if pair else 2.2
+            label = "one pair" if pair else f"mean of {len(line[0])} pairs"
+            looks[f"{label},\nbatch norm: {bn}"] = look | {"color": GREY}
+            mean = {gamma: [np.mean(errors)] for gamma, errors in line.items()}
+            axis = axes[shown.index(kind)]
+            _line(axis, mean, color=KINDS[kind], **look)
+            axis.set(title=kind, xlabel="position gamma on the line\nbetween two runs")
+    _legend(axes[-1], looks)
+    return figure
+
+
+def _map(axis, xs, ys, grid, norms, networks, label, true):
+    """``grid`` (H, W) in colours, contours of ``norms``, and the networks."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patheffects import withStroke
+
+    look, extend = {"cmap": "cividis"}, "neither"
+    if "KL" in label:  # from a low percentile: the basin shows, however little its middle has
+        high = np.nanmax(grid, initial=1e-12)
+        grid = np.maximum(grid, 1e-6 * high)
+        norm = LogNorm(min(np.nanpercentile(grid, 1), high / 2), high)
+        look, extend = {"cmap": "viridis", "norm": norm}, "min"
+    image = axis.pcolormesh(xs, ys, grid, **look)
+    axis.figure.colorbar(image, ax=axis, label=label, extend=extend)
+    levels = axis.contour(xs, ys, norms, 6, colors="white", linewidths=0.6).levels
+    levels = [f"{x:.4g}" for x in levels if np.nanmin(norms) < x < np.nanmax(norms)]
+    kind = "distance" if true else "interpolation"
+    note = f"x ({kind})\nwhite contours: |theta| =\n{', '.join(levels)}"
+    axis.set(xlabel=note, ylabel=f"y ({kind})")
+    axis.set_box_aspect(np.clip(np.ptp(ys) / np.ptp(xs), 0.6, 2) if true else 1)
+    look = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
+    look |= {"fontsize": 11, "ha": "center", "va": "center", "textcoords": "offset points"}
+    for (x, y), name in networks.items():
+        axis.plot(x, y, "o", color=RED, markeredgecolor="white", markersize=7)
+        above = y > np.mean([other for _, other in networks])  # away from each other
+        axis.annotate(name, (x, y), (0, 13 if above else -13), **look)
+
+
+def _cut(axis, xs, ys, grid, networks, label):
+    """A single row or column of a landscape as a curve; the networks on it are named above."""
+    i = int(len(xs) == 1)  # 0: along x, 1: along y
+    axis.plot((xs, ys)[i], grid.ravel(), "o-", color=BLUE)
+    for place in networks:
+        axis.axvline(place[i], color=RED, linewidth=0.8)
+    places = [place[i] for place in networks]
+    axis.secondary_xaxis("top").set_xticks(places, networks.values())
+    axis.set(xlabel="xy"[i], ylabel=label)
+    if "KL" in label:
+        _log_scale(axis)
+
+
+@_style()
+def landscapes(panels):
+    """Figs. 5, 13 to 16: train KL (log colours) and both probes, a row for each landscape.
+
+    panels: {"rows": of landscape.csv, "points": of points.csv, "orthogonal": whether distances are
+    true, "title": str}. A single row or column of points is drawn as a curve.
+    """
+    if not all(panel["rows"] for panel in panels):
+        raise InputError("no picture is drawn: a landscape has no points yet")
+    rows = [row for panel in panels for row in panel["rows"]]
+    shown = [name for name in PLANES if any(row[name] is not None for row in rows)]
+    title = "\n".join(dict.fromkeys(panel["title"] for panel in panels))
+    figure, grid_of_axes = _figure(len(shown), title, 0, len(panels), "compressed")
+    columns = "x", "y", *shown, "norm_total"
+    for axes, panel in zip(grid_of_axes.reshape(len(panels), -1), panels, strict=True):
+        x, y, *found = np.array([[row[c] for c in columns] for row in panel["rows"]], float).T
+        (xs, i), (ys, j) = (np.unique(place, return_inverse=True) for place in (x, y))
+        grids = np.full((len(found), len(ys), len(xs)), np.nan)
+        grids[:, j, i] = found  # points that are missing stay nan
+        networks = {}
+        for row in panel["points"]:
+            if xs[0] <= row["x"] <= xs[-1] and ys[0] <= row["y"] <= ys[-1]:
+                name = row["name"].replace("theta", r"\theta").replace("*", "^*")
+                networks[row["x"], row["y"]] = f"${name}$"
+        for axis, name, grid in zip(axes, shown, grids, strict=False):
+            if 1 in grid.shape:
+                _cut(axis, xs, ys, grid, networks, PLANES[name])
+            elif np.isfinite(grid).any():
+                _map(axis, xs, ys, grid, grids[-1], networks, PLANES[name], panel["orthogonal"])
+            else:
+                axis.set_axis_off()
+    return figure

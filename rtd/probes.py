@@ -1,40 +1,41 @@
-"""How good are the features? Linear and k-NN probes of an encoder's embedding (paper sections 3 and C.1).
+"""How good are the features? Linear and k-NN probes of an encoder's embedding (sections 3 and C.1).
 
-Features are the encoder's output in eval mode, extracted once, not normalised. The protocol is the paper's: a linear
-classifier trained with AdamW (torch's defaults: lr 0.001, weight decay 0.01) for 10 epochs of batches of 256, judged
-on the test split after the last; and the majority among the 20 nearest training features in Euclidean distance. The
-input baseline puts the flattened, normalised pixels through the same two probes.
+Features are the encoder's output in eval mode, extracted once and not normalised. The protocol is
+the paper's. The linear probe is a linear classifier trained with AdamW (torch's defaults: lr 0.001,
+weight decay 0.01) for 10 epochs of batches of 256, and judged on the test split after the last. The
+k-NN probe is the majority among the 20 nearest training features in Euclidean distance. The input
+baseline puts the flattened, normalised pixels through the same two probes.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import KNeighborsClassifier
 
-from rtd import distributed
 from rtd.data import normalize
-from rtd.device import autocast
 from rtd.errors import InputError
 from rtd.init import random_stream
+from rtd.models import autocast
 
 PROBES = ("linear", "knn")
+DISTANCES = 2**26  # how many the k-NN probe holds at a time on a GPU: 256 MB
 
 
 @torch.no_grad()
 def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32"):
-    """(N, 3, H, W) uint8 images -> (N, D) float32 embeddings, in eval mode; the encoder's mode is restored.
+    """(N, 3, H, W) uint8 images -> (N, D) float32 embeddings in eval mode.
 
-    Under torchrun the images are shared among the processes, and each gets all features.
+    float32 images count as normalised already (``rtd.data.normalize``). Raises ValueError for those
+    without a value below 0: normalised images have mean 0, so these must be pixels. The encoder's
+    mode is restored.
     """
-
-    def embed(part):
-        with autocast(images.device, precision):
-            return torch.cat([encoder(normalize(x, mean, std)).float() for x in part.split(batch_size)])
-
+    if images.is_floating_point() and images.min() >= 0:
+        raise ValueError("float images must be normalised already, but these look like pixels")
     was_training = encoder.training
     encoder.eval()
-    features = distributed.map_rows(embed, images)
+    with autocast(images.device, precision):
+        batches = images.split(batch_size)
+        features = torch.cat([encoder(normalize(x, mean, std)).float() for x in batches])
     encoder.train(was_training)
     return features
 
@@ -44,20 +45,21 @@ def flat_pixels(images, mean, std):
     return normalize(images, mean, std).flatten(1).contiguous()
 
 
-def standardize(train_x, test_x):
-    """Both splits' features with the training split's mean 0 and deviation 1 in each dimension (an option, off by default)."""
-    mean, std = train_x.mean(0), train_x.std(0)
-    std = torch.where(std > 1e-6 * mean.abs(), std, 1)  # a dimension that does not vary, up to rounding, stays as it is
-    return (train_x - mean) / std, (test_x - mean) / std
+def linear_probe(
+    train_x, train_y, test_x, test_y, num_classes, generator, epochs=10, batch_size=256
+):
+    """Test accuracy in percent of a linear classifier on (N, D) features.
 
-
-def linear_probe(train_x, train_y, test_x, test_y, num_classes, generator, epochs=10, batch_size=256):
-    """Test accuracy in percent of a linear classifier on (N, D) features, initialised and shuffled by ``generator``."""
+    generator: a CPU generator, which draws the classifier's start and the order of its batches.
+    """
     dim, device = train_x.shape[1], train_x.device
     bound = 1 / math.sqrt(dim)  # torch's own initialisation of nn.Linear, weight and bias alike
-    weight = torch.empty(num_classes, dim).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()
-    bias = torch.empty(num_classes).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()
-    optimizer = torch.optim.AdamW([weight, bias], lr=0.001, weight_decay=0.01, fused=device.type != "mps")
+    weight, bias = (
+        torch.empty(shape).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()
+        for shape in ((num_classes, dim), (num_classes,))
+    )
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW([weight, bias], lr=0.001, weight_decay=0.01, fused=fused)
     with torch.enable_grad():
         for _ in range(epochs):
             order = torch.randperm(len(train_x), generator=generator).to(device)
@@ -71,50 +73,56 @@ def linear_probe(train_x, train_y, test_x, test_y, num_classes, generator, epoch
 
 
 def knn_probe(train_x, train_y, test_x, test_y, k=20):
-    """Test accuracy in percent of the majority vote of the ``k`` nearest training features (scikit-learn, brute force)."""
-    if not 1 <= k <= len(train_x):
-        raise InputError(f"--k {k}: the k-NN probe has {len(train_x)} training images; choose 1 to {len(train_x)}")
-    classifier = KNeighborsClassifier(n_neighbors=k, algorithm="brute")
-    classifier.fit(train_x.cpu().numpy(), train_y.cpu().numpy())
-    return 100 * classifier.score(test_x.cpu().numpy(), test_y.cpu().numpy())
+    """Test accuracy in percent of the majority vote of the ``k`` nearest training features (N, D).
+
+    scikit-learn computes it by brute force for features on the CPU, ``knn_probe_torch`` elsewhere.
+    Among classes with equally many votes the smallest label wins. Raises InputError for k outside
+    [1, N].
+    """
+    n = len(train_x)
+    if not 1 <= k <= n:
+        raise InputError(f"--k {k}: the k-NN probe has {n} training images; choose 1 to {n}")
+    if train_x.device.type != "cpu":
+        return knn_probe_torch(train_x, train_y, test_x, test_y, k)
+    from sklearn.neighbors import KNeighborsClassifier  # here, as importing it takes a second
+
+    classifier = KNeighborsClassifier(k, algorithm="brute").fit(train_x.numpy(), train_y.numpy())
+    return 100 * classifier.score(test_x.numpy(), test_y.numpy())
 
 
-def probe(train_x, test_x, data, probes=PROBES, seed=0, name="", k=20, epochs=10, batch_size=256, standardized=False):
-    """{"linear": percent, "knn": percent} for the chosen ``probes`` of features of the data set ``data``.
+@torch.no_grad()
+def knn_probe_torch(train_x, train_y, test_x, test_y, k=20):
+    """``knn_probe`` by torch, on any device: nearest are those of least |x|^2 - 2 <q, x>.
+
+    It agrees with scikit-learn where no vote hangs on the rounding of distances, which is float32's
+    relative to the features' deviation. Beside a centred copy of the features it holds
+    ``DISTANCES`` numbers at a time.
+    """
+    center = train_x.mean(0)  # moves no distance; a common offset would cost the difference digits
+    train_x, test_x = train_x - center, test_x - center
+    squares, hits, classes = train_x.square().sum(1), 0, int(train_y.max()) + 1
+    rows = max(1, DISTANCES // len(train_x))
+    for query, label in zip(test_x.split(rows), test_y.split(rows), strict=True):
+        distance = torch.addmm(squares, query, train_x.T, alpha=-2)  # (rows, N), less |q|^2
+        neighbours = train_y[distance.topk(k, largest=False).indices]  # (rows, k) labels
+        votes = query.new_zeros(len(query), classes)
+        votes.scatter_add_(1, neighbours, query.new_ones(neighbours.shape))
+        hits += (votes.argmax(1) == label).sum()  # argmax takes the first of equals
+    return 100 * (hits.item() / len(test_y))
+
+
+def probe(train_x, test_x, data, probes=PROBES, seed=0, name="", k=20, epochs=10, batch_size=256):
+    """{"linear": percent, "knn": percent} for the chosen ``probes`` of features of ``data``.
 
     ``name`` tells apart the streams of random numbers of one seed: each probe starts afresh.
+    Features that are not finite give nan.
     """
-    if standardized:
-        train_x, test_x = standardize(train_x, test_x)
-    train_y, test_y = data.train.labels, data.test.labels
-    result = {}
+    if not all(features.isfinite().all() for features in (train_x, test_x)):
+        return dict.fromkeys(probes, math.nan)
+    splits, result = (train_x, data.train.labels, test_x, data.test.labels), {}
     if "linear" in probes:
         generator = random_stream(seed, "probe", name)
-        result["linear"] = linear_probe(train_x, train_y, test_x, test_y, data.num_classes, generator, epochs, batch_size)
+        result["linear"] = linear_probe(*splits, data.num_classes, generator, epochs, batch_size)
     if "knn" in probes:
-        result["knn"] = knn_probe(train_x, train_y, test_x, test_y, k)
+        result["knn"] = knn_probe(*splits, k)
     return result
-
-
-def probe_encoder(encoder, data, precision="fp32", **options):
-    """``probe`` of an encoder's features; under torchrun the main process probes, the others return {}."""
-    train_x, test_x = (
-        extract_features(encoder, split.images, data.mean, data.std, precision=precision) for split in (data.train, data.test)
-    )
-    return probe(train_x, test_x, data, **options) if distributed.is_main() else {}
-
-
-def probe_input(data, **options):
-    """``probe`` of the normalised pixels themselves."""
-    pixels = (flat_pixels(split.images, data.mean, data.std) for split in (data.train, data.test))
-    return probe(*pixels, data, **options) if distributed.is_main() else {}
-
-
-def probe_baselines(encoder, data, precision="fp32", **options):
-    """What a student is to beat: ``probe`` of the teacher's encoder and of the pixels, as teacher_linear ... input_knn."""
-    teacher = probe_encoder(encoder, data, precision, name="teacher", **options)
-    return prefixed("teacher", teacher) | prefixed("input", probe_input(data, name="input", **options))
-
-
-def prefixed(prefix, values):
-    return {f"{prefix}_{name}": value for name, value in values.items()}

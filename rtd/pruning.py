@@ -1,13 +1,15 @@
-"""Global magnitude pruning: which weights a lottery ticket keeps (paper section 6, Fig. 8, App. E.5).
+"""Global magnitude pruning: which weights a lottery ticket keeps (section 6, Fig. 8, App. E.5).
 
-A mask holds one bool for each weight that may be pruned, by the parameter's name: True is kept. Each round takes the
-fraction k of what is left, the smallest in magnitude over all layers together, so that after r rounds
+A mask holds one bool for each weight that may be pruned, by the parameter's name: True is kept.
+Each round takes the fraction k of what is left, the smallest in magnitude over all layers together,
+so that after r rounds
 
     p_r = sum_{i<r} (1 - k)^i k = 1 - (1 - k)^r
 
-are pruned. What may be pruned is the weights of convolutions and linear layers, as in Frankle et al.'s code: all of them,
-the first convolution and the classifier included; biases and batch norm are left alone. The authors of the paper
-prune every parameter tensor ("all"). Masks are multiplied into the weights, so a pruned network costs what a dense one costs.
+are pruned. The weights of convolutions and linear layers may be pruned, as in Frankle et al.'s
+code: all of them, the first convolution and the classifier included; biases and batch norm are left
+alone. The authors of the paper prune every parameter tensor ("all"). Masks are multiplied into the
+weights, so a pruned network costs what a dense one costs.
 """
 
 import torch
@@ -17,12 +19,12 @@ PRUNE = ("weights", "all")
 
 
 def prunable(model, prune="weights"):
-    """{name: parameter} of what may be pruned in ``model``, in the model's order: see above."""
+    """{name: parameter} of what may be pruned in ``model``, in its order; prune: of ``PRUNE``."""
     if prune == "all":
         return dict(model.named_parameters())
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):  # query, key and value: three linear layers in one tensor
+        if isinstance(module, nn.MultiheadAttention):  # query, key and value, three layers in one
             found[f"{name}.in_proj_weight".lstrip(".")] = module.in_proj_weight
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             found[f"{name}.weight".lstrip(".")] = module.weight
@@ -31,7 +33,7 @@ def prunable(model, prune="weights"):
 
 def dense_masks(weights):
     """Masks that keep all of ``weights`` (a dict of tensors)."""
-    return {name: torch.ones(weight.shape, dtype=torch.bool, device=weight.device) for name, weight in weights.items()}
+    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
 
 
 def remaining(masks):
@@ -40,22 +42,23 @@ def remaining(masks):
 
 
 def kept_after(total, fraction, rounds):
-    """How many of ``total`` weights are left after ``rounds`` rounds: total (1 - k)^r to the nearest whole number.
+    """How many of ``total`` weights are left after ``rounds`` rounds: total (1 - k)^r, rounded.
 
-    Counted from the start, not from the round before, so that roundings do not add up.
+    It is counted from the start, not from the round before, so that roundings do not add up.
     """
     return round(total * (1 - fraction) ** rounds)
 
 
 @torch.no_grad()
 def prune_smallest(masks, weights, count):
-    """New masks, with ``count`` more weights pruned: exactly that many, the smallest in magnitude of those kept so far.
+    """New masks, in which exactly ``count`` of the weights kept so far, the smallest, are pruned.
 
-    masks, weights: tensors of the same shapes by the same names. Among equal magnitudes the first in the dict's order, and
-    within a tensor in row-major order, go first. Raises ValueError for more than is left.
+    masks, weights: tensors of the same shapes by the same names. Among equal magnitudes the first
+    in the dict's order, and within a tensor in row-major order, go first. Raises ValueError for
+    more than is left.
     """
-    if masks.keys() != weights.keys():
-        raise ValueError(f"masks and weights have different names: {sorted(masks.keys() ^ weights.keys())}")
+    if odd := masks.keys() ^ weights.keys():
+        raise ValueError(f"masks and weights have different names: {sorted(odd)}")
     if not 0 <= count <= remaining(masks):
         raise ValueError(f"{count} weights cannot be pruned: {remaining(masks)} are left")
     magnitudes = torch.cat([weight.flatten() for weight in weights.values()]).abs()
@@ -63,23 +66,27 @@ def prune_smallest(masks, weights, count):
     left = flat.nonzero().squeeze(1)  # positions of the weights kept so far
     flat[left[magnitudes[left].argsort(stable=True)[:count]]] = False
     parts = flat.split([weight.numel() for weight in weights.values()])
-    return {name: part.view(weight.shape).clone() for (name, weight), part in zip(weights.items(), parts, strict=True)}
+    return {
+        name: part.view(weights[name].shape).clone()
+        for name, part in zip(weights, parts, strict=True)
+    }
 
 
 class Masking:
     """Keeps the pruned weights of a network at exactly 0: to be called after every optimizer step.
 
-    Momentum and weight decay then need no care: whatever the step made of a pruned weight is undone before it is used.
-    The masks are kept as factors of the weights' type and layout, so that a call is one pass over the weights.
+    Momentum and weight decay then need no care: whatever the step made of a pruned weight is undone
+    before it is used. The masks are kept as factors of the weights' type and layout, so that a call
+    is one pass over the weights.
     """
 
     @torch.no_grad()
     def __init__(self, weights, masks):
-        """weights: {name: parameter}. masks: {name: bool tensor of the same shape}; they may be on another device."""
-        if masks.keys() != weights.keys() or any(masks[name].shape != weight.shape for name, weight in weights.items()):
+        """weights: {name: parameter}. masks: {name: bool tensor of its shape}, on any device."""
+        if {k: mask.shape for k, mask in masks.items()} != {k: w.shape for k, w in weights.items()}:
             raise ValueError("the masks do not fit the weights")
         self._weights = list(weights.values())
-        self._factors = [torch.empty_like(weight).copy_(masks[name]) for name, weight in weights.items()]
+        self._factors = [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
 
     @torch.no_grad()
     def __call__(self):

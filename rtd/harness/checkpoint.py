@@ -1,0 +1,159 @@
+"""Networks in state files, which run_distill.py and run_lmc.py save and PATH:NETWORK names.
+
+A checkpoint of run_distill.py (checkpoint.pt, best.pt) holds
+
+    model           arguments of ``rtd.models.build_network``
+    teacher, student, student_init      state dicts of the ``Network``
+    data            {"name", "mean", "std"}: what it was distilled on, and its normalisation
+    epoch, step     how far training went
+    config          flags, versions, command: ``rtd.harness.files.provenance``
+    progress        in checkpoint.pt alone, for --resume
+"""
+
+import re
+from typing import NamedTuple
+
+from rtd.errors import InputError
+from rtd.harness import files
+from rtd.harness.device import describe
+from rtd.init import init_encoder_, random_stream
+from rtd.models import build_encoder, materialize, network_of, random_network
+
+NETWORKS = ("teacher", "student", "student-init")
+SUPERVISED = "supervised"  # the kind of state file, and the network in it, that run_lmc.py saves
+
+
+def load_checkpoint(path):
+    """The distillation checkpoint at ``path``, a dict; InputError if it is none or damaged."""
+    return files.load_state(path, "checkpoint")
+
+
+def load_network(checkpoint, which="student", device="cpu"):
+    """The ``Network`` ("teacher", "student" or "student-init") of a checkpoint, in eval mode.
+
+    checkpoint: a path, or what ``load_checkpoint`` returned.
+    """
+    if which not in NETWORKS:
+        raise InputError(
+            f"'{which}' is no network of a checkpoint: choose one of {', '.join(NETWORKS)}"
+        )
+    if not isinstance(checkpoint, dict):
+        checkpoint = load_checkpoint(checkpoint)
+    state = checkpoint[which.replace("-", "_")]
+    return network_of(state, **checkpoint["model"]).to(device).eval()
+
+
+def source_of(data):
+    """What a checkpoint says of the ``Dataset`` that its networks were trained on."""
+    return {"name": data.name, "mean": list(data.mean), "std": list(data.std)}
+
+
+def path_of(spec):
+    """The path in PATH:NETWORK."""
+    return spec.rpartition(":")[0]
+
+
+def load_spec(flag, spec, others=""):
+    """PATH:NETWORK, given to ``flag`` -> (checkpoint, NETWORK); others: what else may be given."""
+    path, colon, which = spec.rpartition(":")
+    if not colon or which not in NETWORKS:
+        known = ", ".join(NETWORKS)
+        raise InputError(f"{flag} {spec}: give PATH:NETWORK, NETWORK one of {known}{others}")
+    return load_checkpoint(path), which
+
+
+def check_image_size(what, model, data):
+    """Refuse a network ``what`` that was built for another size than that of ``data``."""
+    size, wanted = data.train.images.shape[-1], model["image_size"]
+    if size != wanted:
+        raise InputError(
+            f"{what}: it takes images of {wanted}x{wanted}; give --image-size {wanted}, not {size}"
+        )
+
+
+def load_teacher(spec, model, seed):
+    """(teacher, its normalisation): a random network and None, or what ``spec`` names.
+
+    spec: None; PATH:NETWORK of a distillation; or PATH:supervised, an encoder that run_lmc.py
+    trained with labels, under a random head. model: arguments of ``build_network``. Raises
+    InputError for a network that was built otherwise.
+    """
+    labelled = spec and spec.endswith(f":{SUPERVISED}")
+    if spec is None:
+        contents = {"model": {}, "data": None}
+    elif labelled:
+        contents = files.load_state(path_of(spec), SUPERVISED)
+    else:
+        contents, which = load_spec("--teacher", spec, f" or {SUPERVISED}")
+    if odd := [
+        f"{name} {value}" for name, value in contents["model"].items() if value != model[name]
+    ]:
+        raise InputError(f"--teacher {spec}: was built with {', '.join(odd)}; give the same flags")
+    if spec and not labelled:
+        return load_network(contents, which), contents["data"]
+    teacher = random_network(random_stream(seed, "teacher-init"), **model)
+    if labelled:  # its fc has no place here, and it has no head
+        teacher.load_state_dict(contents["training"]["classifier"], strict=False)
+    return teacher, contents["data"]
+
+
+class Start(NamedTuple):
+    """Where supervised training starts: an encoder and its images' normalisation.
+
+    name: init0, init1 ... spec: of --init. kind: random (also random:1 ...), student and the like.
+    architecture: arguments of ``rtd.models.build_encoder``. source: {"mean", "std"}.
+    """
+
+    name: str
+    spec: str
+    kind: str
+    architecture: dict
+    state: dict
+    source: dict
+
+
+def load_starts(args, data):
+    """[``Start``] of what --init gives: "random", "random:1" and further draws, or PATH:NETWORK.
+
+    --encoder None is the checkpoints' own, or resnet18 without any. All are of one architecture.
+    Random encoders are normalised for ``data``, others as they were.
+    """
+    draws = {spec: re.fullmatch(r"random(?::(\d+))?", spec) for spec in args.init}
+    draws = {spec: int(match[1] or 0) for spec, match in draws.items() if match}
+    if len(set(draws.values())) < len(draws):
+        raise InputError(f"--init {' '.join(draws)}: give each draw once; random is random:0")
+    others = ", or random, random:1 ..."
+    loaded = {spec: load_spec("--init", spec, others) for spec in args.init if spec not in draws}
+    models = [contents["model"] for contents, _ in loaded.values()]
+    first = models[0] if models else {"encoder": "resnet18", "norm": None}
+    wanted = {"encoder": args.encoder or first["encoder"], "norm": first["norm"]}
+    wanted["image_size"] = data.train.images.shape[-1]
+    starts = []
+    for spec in args.init:
+        if spec in draws:
+            encoder = materialize(build_encoder(**wanted))
+            init_encoder_(encoder, random_stream(args.seed, "encoder-init", draws[spec]))
+            which, source = spec, source_of(data)
+        else:
+            contents, which = loaded[spec]
+            for key, value in wanted.items():
+                if contents["model"][key] != value:
+                    flag = f"--{key.replace('_', '-')}"
+                    raise InputError(
+                        f"--init {spec}: it was built with {flag} {contents['model'][key]}, not "
+                        f"{value}; {flag} and all of --init must agree"
+                    )
+            encoder, source = load_network(contents, which).encoder, contents["data"]
+        name = f"init{len(starts)}"
+        starts.append(Start(name, spec, which, wanted, encoder.state_dict(), source))
+    return starts
+
+
+def say_starts(run, starts, data):
+    """Say what is trained from where; returns a title, and {spec: kind} for pictures."""
+    title = f"{starts[0].architecture['encoder']} on {data.name}"
+    images = f"{len(data.train)} training and {len(data.test)} test images"
+    run.say(f"{title}: {images}; {describe(run.device, run.args.precision)}")
+    for start in starts:
+        run.say(f"{start.name}: {start.spec}")
+    return title, {start.spec: start.kind.partition(":")[0] for start in starts}

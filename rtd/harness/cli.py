@@ -1,0 +1,269 @@
+"""What the scripts' command lines share: flags that mean the same everywhere, and exit codes."""
+
+import argparse
+import math
+import os
+import re
+import sys
+
+import torch
+
+from rtd.errors import Diverged, InputError
+from rtd.harness import console, distributed, files, signals
+from rtd.harness.datasets import DOWNLOADABLE, LABELLED, PROBED_ON, load_dataset
+from rtd.harness.device import DEVICES, PRECISIONS, pick_device
+from rtd.models import ENCODERS
+from rtd.plots import FORMATS
+from rtd.probes import PROBES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with docstring and defaults; a bad flag is one sentence, exit code 2."""
+
+    def __init__(self, doc):
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        # argparse takes -1 for a number but -1e-3 for a flag, and a crop around a teacher begins
+        # with -0.001; nor is -/lb/fn/wn/l/-, a bottleneck, a flag
+        self._negative_number_matcher = re.compile(r"(?i)^-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|/)")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def group(self, title):
+        """A function add(flag, kind, default, help, ...) that adds flags to a new group.
+
+        kind: bool for a switch, a collection of choices, or a function that parses one value. Flags
+        whose help begins with * take several values.
+        """
+        group = self.add_argument_group(title)
+
+        def add(flag, kind, default, help, **more):
+            if kind is bool:
+                group.add_argument(flag, action="store_true", help=help)
+                return
+            if help.startswith("*"):
+                more, default = more | {"nargs": "+"}, [default]
+            if callable(kind):
+                more = {"type": kind, "metavar": getattr(kind, "metavar", None)} | more
+            else:
+                more |= {"choices": kind, "metavar": "NAME"}
+                help += f" (one of {', '.join(kind)})"
+            shown = ", ".join(map(str, default)) if isinstance(default, list) else default
+            note = "" if shown in (None, "None") else f" (default: {shown})"
+            group.add_argument(flag, default=default, help=(help + note).replace("%", "%%"), **more)
+
+        return add
+
+
+def _number(kind, description, accept):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accept(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {description}")
+        return value
+
+    parse.metavar = "N" if kind is int else "X"
+    return parse
+
+
+# fmt: off
+positive_int = _number(int, "a whole number of at least 1, below 2^31", lambda x: 1 <= x < 2**31)
+non_negative_int = _number(int, "a whole number of at least 0, below 2^31", lambda x: 0 <= x < 2**31)
+positive_float = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
+non_negative_float = _number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
+unit_interval = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+image_side = _number(int, "a whole number of at least 32, up to 1024", lambda x: 32 <= x <= 1024)
+
+
+def add_data_flags(add, default="digits", datasets=LABELLED, star=""):
+    """--dataset, --data-dir, --subset; star: "* " where they take several values."""
+    add("--dataset", datasets, default, f"{star}data set; digits needs no files, the others need --data-dir")
+    add("--data-dir", str, None, "folder that holds the data set, in torchvision's layout or as train/ and test/ trees")
+    add("--subset", positive_int, None, f"{star}number of training images, class-balanced; all by default")
+
+
+def add_file_flags(parser):
+    """--test-subset, --image-size, --download; returns the group's add."""
+    add = parser.group("data")
+    add("--test-subset", positive_int, None, "number of test images, class-balanced; all by default")
+    add("--image-size", image_side, 32, "side in pixels to which images are resized, once")
+    add("--download", bool, False, "fetch a published data set into --data-dir if it is not there")
+    return add
+
+
+def add_init_flags(add):
+    """--init and --epochs of supervised training."""
+    add("--init", str, "random", "* starts: random (random:1, random:2 for more draws) or PATH:student, PATH:teacher, "
+        "PATH:student-init of a checkpoint; compare student with student-init, the random start it was distilled from")
+    add("--epochs", positive_int, 160, "length of the schedule; lr falls tenfold after 1/2 and after 3/4 of it")
+
+
+def add_training_flags(parser):
+    """--encoder, --batch-size, --lr, --seed of supervised training."""
+    add = parser.group("supervised training")
+    add("--encoder", ENCODERS, None, "encoder of random starts; the checkpoints' own by default, else resnet18")
+    add("--batch-size", positive_int, 256, "images per step; use smaller batches on small data sets")
+    add("--lr", positive_float, 0.1, "first learning rate of SGD; use 0.01 for VGG, which has no batch norm")
+    add("--seed", non_negative_int, 0, "seed of random encoders, fc, batch order and augmentation")
+
+
+def add_probe_flags(parser):
+    """--probe, --k, --probe-epochs."""
+    add = parser.group("probes")
+    add("--probe", (*PROBES, "none"), list(PROBES), "judges of the features", nargs="+")
+    add("--k", positive_int, 20, "neighbours of the k-NN probe")
+    add("--probe-epochs", positive_int, 10, "epochs of the linear probe; raise it on small sets: below 500 steps it underfits")
+
+
+def add_device_flags(parser):
+    """--device, --precision, --deterministic."""
+    add = parser.group("device")
+    add("--device", DEVICES, "auto", "processor; auto takes a GPU where there is one")
+    add("--precision", PRECISIONS, "fp32", "number format of convolutions and matrix products: bf16 is twice as fast on hardware "
+        "that has it and far slower elsewhere; tf32, on CUDA, rounds the factors in training steps to 10 bits")
+    add("--deterministic", bool, False, "same bits on every run on a GPU too; slower there")
+
+
+def add_output_flags(parser, save_every=True):
+    """--resume, --overwrite, --save-every, --no-plot, --plot-format."""
+    add = parser.group("output")
+    add("--resume", bool, False, "continue the run in --out, or start it if there is none")
+    add("--overwrite", bool, False, "delete what an earlier run left in --out")
+    if save_every:
+        add("--save-every", positive_int, None, "epochs between two saves; by default saving takes a tenth of the time at most")
+    add("--no-plot", bool, False, "no picture")
+    add("--plot-format", FORMATS, ["png"], "formats of the picture", nargs="+")
+# fmt: on
+
+
+def parse(parser, argv, *distinct):
+    """The flags; --probe in a fixed order, [] for none.
+
+    Refuses those that exclude each other, and values given twice to ``distinct``.
+    """
+    args = parser.parse_args(argv)
+    if getattr(args, "resume", False) and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    for name in distinct:
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')}: give each value once")
+    if "probe" in args:
+        if "none" in args.probe and len(args.probe) > 1:
+            parser.error("--probe: none goes without other probes")
+        args.probe = [name for name in PROBES if name in args.probe]
+    return args
+
+
+def check_k(args, data, world):
+    """Refuse a --k larger than the training split; note a linear probe of few steps."""
+    n = len(data.train)
+    if "knn" in args.probe and args.k > n:
+        raise InputError(f"--k {args.k}: there are {n} training images; choose 1 to {n}")
+    steps = math.ceil(n / 256) * args.probe_epochs
+    if "linear" in args.probe and steps < 500:
+        world.say(
+            f"note: the linear probe takes {steps} steps; below 500 it underfits, "
+            "raise --probe-epochs"
+        )
+
+
+def load_data(args, world, other=None, probed=None):
+    """The data set that --dataset and the flags of ``add_file_flags`` ask for.
+
+    other: the name of another one to be read with the same flags, which has a download or not.
+    probed: see ``load_dataset``; the test images are then its.
+    """
+    if args.download and not {args.dataset, other} & set(DOWNLOADABLE):
+        raise InputError(f"--download: {args.dataset} has no download")
+    world.say(f"reading {args.dataset}")
+    subsets = args.subset, None if probed else args.test_subset
+    where = args.dataset, args.data_dir, args.download, *subsets, args.image_size, probed
+
+    def load():
+        return load_dataset(*where, say=world.say)
+
+    return world.in_main(load) or load()  # what the main process caches, the others find
+
+
+def load_sources(args, world):
+    """(what run_distill.py's student is distilled on, what the probes judge on): often the same."""
+    other, probed = args.probe_dataset or PROBED_ON.get(args.dataset), None
+    if other:
+        flags = {**vars(args), "dataset": other, "subset": args.probe_subset}
+        probed = load_data(argparse.Namespace(**flags), world, args.dataset)
+    elif args.probe_subset:
+        raise InputError(
+            f"--probe-subset {args.probe_subset}: goes with --probe-dataset; without, --subset "
+            "decides for both"
+        )
+    data = load_data(args, world, other, probed)
+    if args.beta and (data.train.labels.min() < 0 or args.out_dim < data.num_classes):
+        raise InputError(
+            f"--beta {args.beta:g}: needs labels, which {data.name} may lack, and an "
+            "--out-dim of at least their number"
+        )
+    check_k(args, probed or data, world)
+    return data, probed or data
+
+
+def _explain(error):
+    """(exit code, sentence) for what a flag or the machine brings about; (None, None) for a bug."""
+    text = files.one_line(error)
+    if isinstance(error, (InputError, Diverged)):
+        return 2 if isinstance(error, InputError) else 1, error
+    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
+        return 2, f"the memory does not hold it; give smaller sizes, batches or subsets ({text})"
+    if isinstance(error, OSError):
+        return 2, f"{error.filename or 'a file'}: {error.strerror or error}"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return 2, f"--compile: torch.compile does not work here; leave it out ({text})"
+    return None, None
+
+
+def run(main, args):
+    """Call main(args, device, world); what ends it early becomes a sentence and an exit code.
+
+    2: bad input, a file that cannot be written, or too little memory; 1: the loss is not finite;
+    130: Ctrl-C; 143: SIGTERM. All results up to the last save stand in any case.
+    """
+    console.prepare()
+    received, world = [], None
+    try:
+        with signals.raising(received):
+            check_torchvision()
+            device = pick_device(args.device, args.deterministic, **distributed.place())
+            with distributed.process_group(device) as world:
+                main(args, device, world)
+        return
+    except BaseException as error:
+        code, message = _explain(error)
+        if received:  # torch may turn what a signal raises into another error
+            code, message = (
+                128 + received[0],
+                "stopped" + "; --resume continues from the last save" * ("resume" in args),
+            )
+        elif message is None:
+            raise
+        everywhere = getattr(error, "everywhere", world is None)
+    if int(os.environ.get("RANK", 0)) == 0 or not everywhere:
+        console.say(f"{os.path.basename(sys.argv[0])}: error: {message}", to="stderr")
+    sys.exit(code)
+
+
+def check_torchvision():
+    """Raise InputError where torchvision is missing, or was built for another torch."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:  # its operators then fail in one way or another
+        raise InputError(
+            f"torchvision does not work with the installed torch {torch.__version__} "
+            f"({files.one_line(error)}): install the two that belong together, by pip install "
+            "--upgrade torch torchvision"
+        ) from error

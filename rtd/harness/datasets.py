@@ -1,0 +1,378 @@
+"""The data sets by name: scikit-learn's digits, published sets, image folders, images to distil on.
+
+``stl10-unlabelled``, ``cifar5m`` and ``noise`` have no test images of their own: a student is
+distilled on them, and its features are probed on another data set (paper Fig. 4).
+
+What is slow to read (image files, published sets at another size) is decoded and resized once, into
+a cache beside it. torchvision, PIL and scikit-learn are imported where they are used, because a
+script's --help should not wait for them.
+"""
+
+import contextlib
+import hashlib
+import re
+import zipfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from rtd.data import Dataset, Split, channel_statistics, resize, take
+from rtd.errors import InputError
+from rtd.harness.console import progress
+from rtd.harness.files import atomic_write, reading
+from rtd.init import random_stream
+
+CIFAR = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # mean and standard deviation
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Number of classes and normalisation; the paper uses CIFAR-10's for CIFAR-100 too.
+PUBLISHED = {"cifar10": (10, *CIFAR), "cifar100": (100, *CIFAR), "stl10": (10, *IMAGENET)}
+LABELLED = ("digits", *PUBLISHED, "tinyimagenet", "folder")
+# The data set that supplies the test images, unless another is asked for.
+PROBED_ON = {"stl10-unlabelled": "stl10", "cifar5m": "cifar10", "noise": "cifar10"}
+DATASETS = (*LABELLED, *PROBED_ON)
+DOWNLOADABLE = (*PUBLISHED, *PROBED_ON)  # for cifar5m and noise, the CIFAR-10 that goes with them
+
+
+def load_dataset(
+    name,
+    data_dir=None,
+    download=False,
+    subset=None,
+    test_subset=None,
+    image_size=32,
+    probed=None,
+    say=lambda text: None,
+):
+    """The data set ``name``, in main memory, cut to class-balanced subsets where those are given.
+
+    image_size: side in pixels that images are brought to. probed: the ``Dataset`` that supplies the
+    test split of one of ``PROBED_ON``, and for noise the shape and normalisation. say: called with
+    a line of text before anything that takes seconds. Raises InputError with a sentence that names
+    the flag or file and says what is expected.
+    """
+    if name not in DATASETS:
+        raise InputError(
+            f"--dataset: unknown data set '{name}': choose one of {', '.join(DATASETS)}"
+        )
+    published = partial(_published_split, data_dir, download, image_size, say)
+    if name == "noise":
+        return load_noise(subset, probed)
+    if name == "digits":
+        data = load_digits(image_size)
+    elif data_dir is None:
+        raise InputError(f"--dataset {name} needs --data-dir, the folder that holds it")
+    elif name == "cifar5m":
+        if image_size != 32:
+            raise InputError(f"--image-size {image_size}: cifar5m is read as it is, 32x32")
+        train = load_cifar5m(data_dir, subset, published("cifar10", "train"), say)
+        return Dataset(name, train, probed.test, 10, *CIFAR)
+    elif name == "folder":
+        data = load_folder(data_dir, image_size, say)
+    elif name == "tinyimagenet":
+        data = load_tinyimagenet(data_dir, image_size, say)
+    elif name == "stl10-unlabelled":
+        train = published("stl10", "unlabeled")
+        data = Dataset(name, train, probed.test, probed.num_classes, *IMAGENET)
+    else:
+        train, test = published(name, "train"), published(name, "test")
+        data = Dataset(name, train, test, *PUBLISHED[name])
+    for which, flag, n in (("train", "--subset", subset), ("test", "--test-subset", test_subset)):
+        try:
+            data = replace(data, **{which: take(getattr(data, which), n, which)})
+        except InputError as error:
+            raise InputError(f"{flag} {n}, --dataset {name}: {error}") from error
+    return data
+
+
+def fingerprints(data):
+    """{"the training images": SHA-256, "the test images": SHA-256}.
+
+    A hash is of all labels and of about a thousand images.
+    """
+
+    def digest(split):
+        some = split.images[:: max(1, len(split) // 1000)].contiguous()
+        return hashlib.sha256(b"".join([split.labels.numpy(), some.numpy()])).hexdigest()
+
+    return {"the training images": digest(data.train), "the test images": digest(data.test)}
+
+
+def load_digits(size):
+    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels, brought to (3, size, size).
+
+    1,347 are for training, 450 for testing.
+    """
+    from sklearn import datasets, model_selection
+
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    grey = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+    images = F.interpolate(grey, size, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
+    # training images, test images, training labels, test labels
+    parts = model_selection.train_test_split(
+        images.numpy(), labels.astype(np.int64), stratify=labels, random_state=0
+    )
+    train, test = (Split(*map(torch.from_numpy, parts[i::2])) for i in (0, 1))
+    return Dataset("digits", train, test, 10, *channel_statistics(train.images))
+
+
+def load_noise(n, like):
+    """``n`` Gaussian images, by default as many as ``like`` has, in their shape (Fig. 4).
+
+    They have sigma = 1 after normalisation and are drawn once.
+    """
+    n = n or len(like.train)
+    generator = random_stream(0, "noise")
+    images = torch.randn(n, *like.train.images.shape[1:], generator=generator)
+    return replace(like, name="noise", train=Split(images, torch.full((n,), -1)))
+
+
+def _published_split(data_dir, download, size, say, name, which):
+    """A split of one of ``PUBLISHED`` through torchvision, which verifies checksums.
+
+    At another size than the published one it is resized once, into a cache.
+    """
+    import torchvision
+
+    source, stl10 = getattr(torchvision.datasets, name.upper()), name == "stl10"
+    checksums = dict([*source.train_list, *source.test_list])  # of the files by name
+    if not stl10:
+        checksums[source.meta["filename"]] = source.meta["md5"]
+    files = {Path(data_dir, source.base_folder, file): md5 for file, md5 in checksums.items()}
+
+    def make():
+        say(f"reading the {which} images of {name} from {data_dir}")
+        try:
+            found = source(data_dir, which if stl10 else which == "train", download=download)
+        except (URLError, ConnectionError, TimeoutError) as error:
+            raise InputError(f"--download: {source.url} cannot be fetched ({error})") from error
+        except RuntimeError as error:
+            wrong = f"--download: {source.url} sent something else ({error}); try again"
+            if not download:
+                wrong = (
+                    f"--data-dir {data_dir}: no complete {source.__name__} here. Expected is "
+                    f"{source.base_folder} with {', '.join(checksums)}; --download fetches it"
+                )
+            for file, md5 in files.items():
+                if file.exists() and not torchvision.datasets.utils.check_integrity(file, md5):
+                    wrong = f"{file} is damaged: it is not what was published; fetch it again"
+            raise InputError(wrong) from error
+        images = torch.from_numpy(found.data)
+        if not stl10:
+            images = images.permute(0, 3, 1, 2).contiguous()
+        labels = found.labels if stl10 else found.targets
+        return Split(resize(images, size), torch.as_tensor(labels, dtype=torch.int64))
+
+    if size == (96 if stl10 else 32) or not all(map(Path.is_file, files)):
+        return make()
+    return _cached(data_dir, f"{name}-{which}", files.items(), size, make, say)
+
+
+def _tensor(path, key):
+    """The array ``key`` of the .npz file ``path``; InputError if that is missing or damaged."""
+    with reading(path, f"an .npz file with {key}"), zipfile.ZipFile(path) as archive:
+        file = archive.open(f"{key}.npy")
+        array = np.lib.format.read_array(file)  # which refuses pickled objects
+        file.read()  # to the end, where the zip's checksum is compared
+        return torch.from_numpy(array)
+
+
+def load_cifar5m(data_dir, n, cifar10, say):
+    """The first ``n`` images of CIFAR-10's training split followed by CIFAR-5M's parts in order.
+
+    Up to CIFAR-10's size it is a class-balanced subset of CIFAR-10 alone (Fig. 4, authors' code).
+    The parts, cifar5m_part0.npz ..., are read only as far as needed, one after the other. That
+    takes the memory of the (n, 3, 32, 32) bytes returned, 15.4 GB for 5 million, and of one part,
+    3 GB.
+    """
+    done = len(cifar10)
+    if n is not None and n <= done:
+        return take(cifar10, n, "train")
+    parts = {}
+    while (path := Path(data_dir, f"cifar5m_part{len(parts)}.npz")).exists():
+        given = _tensor(path, "Y")
+        if not np.isin(given, range(10)).all():
+            raise InputError(f"{path} is damaged: a label is not one of CIFAR-10's; fetch it again")
+        parts[path] = given.long().ravel()
+    labels = torch.cat([cifar10.labels, *parts.values()])
+    if not parts or (n or 0) > len(labels):
+        raise InputError(
+            f"--data-dir {data_dir}: CIFAR-10 and the {len(parts)} parts of CIFAR-5M here, "
+            f"cifar5m_part0.npz, cifar5m_part1.npz, ..., have {len(labels)} images; choose a "
+            f"--subset of 1 to {len(labels)}, or get more parts, as "
+            "https://github.com/preetum/cifar5m says"
+        )
+    labels = labels[:n]
+    images = torch.empty(len(labels), 3, 32, 32, dtype=torch.uint8)
+    images[:done] = cifar10.images
+    for path, given in parts.items():
+        out = images[done:][: len(given)]
+        done += len(given)
+        if len(out):
+            say(f"reading {path}")
+            found = _tensor(path, "X")
+            if (found.dtype, found.shape) != (torch.uint8, (len(given), 32, 32, 3)):
+                raise InputError(
+                    f"{path} is damaged or not a part of CIFAR-5M: X is of type {found.dtype} and "
+                    f"shape {tuple(found.shape)}, and there are {len(given)} labels; fetch it again"
+                )
+            out[:] = found[: len(out)].permute(0, 3, 1, 2)
+            del found  # so that only one part at a time takes memory
+    return Split(images, labels)
+
+
+def load_folder(data_dir, size, say):
+    """Any images: ``data_dir``/train and ``data_dir``/test (or val), each with a folder a class.
+
+    Both have the same classes. The images are cached in ``data_dir``/.rtd-<split>-<size>.npz.
+    Normalisation constants are those of the training images.
+    """
+    root = Path(data_dir)
+    held_out = "test" if (root / "test").is_dir() else "val"
+    classes, train = _class_folders(root / "train", say)
+    same, test = _class_folders(root / held_out, say)
+    if classes != same:
+        raise InputError(
+            f"--data-dir {root}: train and {held_out} do not have the same class folders"
+        )
+    train = _decoded(root, "train", train, size, say)
+    test = _decoded(root, held_out, test, size, say)
+    return Dataset("folder", train, test, len(classes), *channel_statistics(train.images))
+
+
+def load_tinyimagenet(data_dir, size, say):
+    """TinyImageNet as its archive unpacks; the test split is val/images, val/val_annotations.txt.
+
+    ``data_dir``: the folder tiny-imagenet-200, or the one it is in. Nothing is moved, and images
+    are cached as ``load_folder``'s are. They are normalised with ImageNet's constants.
+    """
+    inside = Path(data_dir, "tiny-imagenet-200")
+    root = inside if inside.is_dir() else Path(data_dir)
+    annotations, wnids = root / "val/val_annotations.txt", root / "wnids.txt"
+    if not annotations.exists():
+        raise InputError(
+            f"--data-dir {data_dir}: {annotations} is missing; expected is the folder "
+            "tiny-imagenet-200 as http://cs231n.stanford.edu/tiny-imagenet-200.zip unpacks"
+        )
+    classes, train = _class_folders(root / "train", say)
+    if wnids.exists() and (odd := {*_text(wnids).split()} ^ {*classes}):
+        raise InputError(
+            f"--data-dir {data_dir}: the class {min(odd)} is only in one of {wnids} and "
+            f"{root / 'train'}"
+        )
+    held_out = []
+    for number, line in enumerate(_text(annotations).splitlines() or [""], 1):
+        file, wnid, *_ = [*line.split("\t"), ""]
+        if wnid not in classes:
+            raise InputError(
+                f"{annotations}, line {number}: expected are a file name, a tab and one of the "
+                f"{len(classes)} classes"
+            )
+        held_out.append((root / "val/images" / file, classes.index(wnid)))
+    train = _decoded(root, "train", train, size, say)
+    test = _decoded(root, "val", sorted(held_out), size, say)
+    return Dataset("tinyimagenet", train, test, len(classes), *IMAGENET)
+
+
+def _text(path):
+    with reading(path, "a text file"):
+        return path.read_text(encoding="utf-8")
+
+
+def _class_folders(root, say):
+    """The names of the class folders in ``root``, and [(path, label)] of their images, by path.
+
+    A label is its class's place among the names. Whatever is named like an image must be one; other
+    files are counted, hidden ones ignored.
+    """
+    from torchvision.datasets.folder import is_image_file
+
+    def entries(folder):
+        with reading(folder):  # glob and os.walk would skip a folder that cannot be read
+            paths = sorted(folder.iterdir())
+        # TinyImageNet publishes boxes beside its images
+        return [path for path in paths if not re.match(r"\.|.*_boxes\.txt$", path.name)]
+
+    def files(folder):
+        for path in entries(folder):
+            # a link to a folder is not followed: it may lead back to where it lies
+            if is_image_file(path.name) or path.is_symlink() or not path.is_dir():
+                yield path
+            else:
+                yield from files(path)
+
+    classes, images, others = [], [], 0
+    for folder in entries(root) if root.is_dir() else []:
+        if not folder.is_dir():
+            others += 1
+            continue
+        found = list(files(folder))
+        named = [(path, len(classes)) for path in found if is_image_file(path.name)]
+        if not named:
+            raise InputError(f"--data-dir: no image (.png, .jpg, ...) in the class folder {folder}")
+        classes.append(folder.name)
+        images += named
+        others += len(found) - len(named)
+    if len(classes) < 2:
+        raise InputError(
+            f"--data-dir {root.parent}: expected are the folders train and test (or val) with a "
+            f"folder of images for each class, at least two; {root} holds {len(classes)}"
+        )
+    if others:
+        say(f"{others} files that are not images were left out of {root}")
+    return classes, images
+
+
+def _decoded(root, split, files, size, say):
+    """The ``Split`` of the images [(path, label)], brought to ``size``, or what a cache has."""
+
+    def make():
+        say(f"decoding the {len(files)} images of {root / split}")
+        shown = progress(files, f"decoding {split}", "images")
+        images = torch.stack([_decode(path, size) for path, _ in shown])
+        return Split(images, torch.tensor([label for _, label in files]))
+
+    return _cached(root, split, files, size, make, say)
+
+
+def _decode(path, size):
+    """(3, size, size) uint8: the shorter side brought to ``size`` with antialiasing, the centre."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms import functional
+
+    with reading(path, "an image"), Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise InputError(f"{path} has more than 8 bits a channel; convert it to 8")
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright = functional.center_crop(functional.resize(upright, size), size)
+    return functional.pil_to_tensor(upright)
+
+
+def _cached(folder, name, files, size, make, say):
+    """The ``Split`` that ``make()`` returns, or ``folder``/.rtd-<name>-<size>.npz if still valid.
+
+    files: [(path, label)] of what it is made from. The cache is made anew if a path, its size, its
+    time of modification or its label is another, or ``size``, the images' side in pixels.
+    """
+    cache = Path(folder, f".rtd-{name}-{size}.npz")
+    digest = hashlib.sha256(f"{size}".encode())
+    for path, label in files:
+        with reading(path):
+            found = path.stat()
+        digest.update(f"\n{path!a} {found.st_size} {found.st_mtime_ns} {label}".encode())
+    with contextlib.suppress(InputError, MemoryError):  # no cache, or a damaged one
+        labels = _tensor(cache, digest.hexdigest())  # of other files, there is no array so named
+        return Split(_tensor(cache, "images"), labels)
+    split = make()
+    try:
+        for temporary in cache.parent.glob(f".{cache.name}.*.tmp"):
+            temporary.unlink()  # of a process that was killed while it wrote
+        with atomic_write(cache) as file:
+            np.savez(file, images=split.images, **{digest.hexdigest(): split.labels})
+    except OSError as error:
+        say(f"the {size}x{size} images are not cached ({error})")
+    return split

@@ -1,0 +1,140 @@
+"""The processes that torchrun starts for one run: their shares of the work, and its results.
+
+Without torchrun everything here does the obvious thing for a single process.
+"""
+
+import contextlib
+import datetime
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from rtd.errors import Diverged, InputError
+from rtd.harness import console
+
+
+def place():
+    """Whether torchrun started this process, and its number on this machine."""
+    launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return {"launched": launched, "local_rank": int(os.environ.get("LOCAL_RANK", 0))}
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """A ``World`` of torchrun's processes for the block, by nccl on CUDA and gloo elsewhere."""
+    if not place()["launched"]:
+        yield World()
+        return
+    cuda = device.type == "cuda"
+    patience = datetime.timedelta(days=30)  # waiting for the main process to probe is normal
+    options = {"device_id": device} if cuda else {}
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **options)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+class World:
+    """The processes of a run as one of them sees them; ``World()`` is one without torchrun."""
+
+    def __init__(self, rank=0, size=1):
+        self.rank, self.size = rank, size
+        self.is_main = rank == 0  # in the one process that prints and writes
+
+    def say(self, *words):
+        """Print, in the main process."""
+        if self.is_main:
+            console.say(*words)
+
+    def share(self, batch):
+        """My part of a batch of indices, and the factor that makes averaged gradients its own.
+
+        DistributedDataParallel divides the sum of gradients by the number of processes, while a
+        process's loss is the mean over its part: part * processes / whole undoes both, also for
+        uneven parts. A process whose part is empty takes one image with factor 0 and joins in.
+        """
+        mine = batch.tensor_split(self.size)[self.rank]
+        return mine if len(mine) else batch[:1], len(mine) * self.size / len(batch)
+
+    def units(self, count):
+        """(which of ``count`` independent units I do, the ``World`` that does each of them).
+
+        With at least as many units as processes, each process does its own units as if it had been
+        started without torchrun; with fewer, all processes do each unit together.
+        """
+        if count < self.size:
+            return range(count), self
+        return range(self.rank, count, self.size), World()
+
+    def data_parallel(self, module):
+        """``module``, its gradients averaged over the processes.
+
+        On CUDA batch norms see the whole batch; on the CPU, where torch has no SyncBatchNorm, each
+        process's see its own part.
+        """
+        if self.size == 1:
+            return module
+        if next(module.parameters()).device.type == "cuda":
+            module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        elif any(isinstance(m, torch.nn.BatchNorm2d) for m in module.modules()):
+            self.say("note: on CPUs each process's batch norm sees its own part of a batch only")
+        with warnings.catch_warnings():  # newer versions of torch rename the flag
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+    def broadcast(self, tensors):
+        """Give all processes the main process's values of ``tensors``, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
+
+    def average(self, tensor):
+        """Mean over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def map_rows(self, function, rows):
+        """function(rows), a tensor with as many rows: made in shares, whole in each process."""
+        if self.size == 1:
+            return function(rows)
+        count = -(-len(rows) // self.size)  # of a share; the last ones may be shorter, or empty
+        mine = rows[self.rank * count :][:count]
+        found = function(mine if len(mine) else rows[:1])
+        part = found.new_zeros(count, *found.shape[1:])
+        part[: len(mine)] = found[: len(mine)]
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts)[: len(rows)]
+
+    def gather(self, values):
+        """The dicts ``values`` of all processes as one, in every process."""
+        parts = [values] * self.size
+        if self.size > 1:
+            dist.all_gather_object(parts, values)
+        return {key: part[key] for part in parts for key in part}
+
+    def decide(self, function):
+        """What ``function()`` returns or raises in the main process, in every process."""
+        if self.size == 1:
+            return function()
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except (InputError, Diverged, OSError) as error:
+                box[1] = error
+        dist.broadcast_object_list(box, 0)
+        if box[1] is not None:
+            box[1].everywhere = True  # one process is enough to print it
+            raise box[1]
+        return box[0]
+
+    def in_main(self, function):
+        """What ``function()`` returns in the main process; None in the others, which wait."""
+        held = []  # a result may be too large, or too special, to be sent around
+        self.decide(lambda: held.append(function()))
+        return held[0] if held else None

@@ -1,0 +1,207 @@
+"""Files that survive crashes: written whole or not at all; damage is one sentence.
+
+A *state file* (.pt) holds what a run resumes from, or a network: tensors and plain types, a format
+mark, the identity of the run that wrote it and a checksum of it all. A *table* (.csv) is output.
+"""
+
+import contextlib
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+
+from rtd.errors import InputError
+from rtd.harness.signals import deferred
+
+VERSION = 4  # of state files
+KINDS = {  # of state files, and who writes them
+    "checkpoint": "run_distill.py (checkpoint.pt or best.pt)",
+    "supervised": "run_lmc.py (runs/*.pt)",
+    "state": "a run, for --resume",
+}
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """A file object whose content stands at ``path`` after the block, all of it, or not at all.
+
+    It is written to a temporary file in the same folder, flushed to the disk and renamed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else TEXT)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a write, as to a full disk, fails without saying where
+        raise
+
+
+@contextlib.contextmanager
+def reading(path, expected="what it should be"):
+    """Within the block, in which ``path`` is read, whatever goes wrong becomes one InputError."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file can make its reader fail in any way
+        raise InputError(f"{path} is damaged or not {expected} ({one_line(error)})") from error
+
+
+def one_line(error):
+    """The first words of an error's message, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+def checksum(tree, crc=0):
+    """CRC-32 of nested dicts and lists of tensors and plain types: types, shapes, names and values.
+
+    crc: that of what comes before.
+    """
+    if isinstance(tree, torch.Tensor):
+        crc = checksum(f"{tree.dtype}{tuple(tree.shape)}", crc)
+        content = tree.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    elif isinstance(tree, (dict, list, tuple)):
+        many = isinstance(tree, dict)
+        crc = checksum(len(tree) if many else f"{type(tree).__name__} {len(tree)}", crc)
+        for part in tree.items() if many else tree:
+            crc = checksum(part, crc)
+        return crc
+    else:
+        content = f"{tree!r};".encode("utf-8", "surrogateescape")
+    return zlib.crc32(content, crc)
+
+
+def save_state(path, kind, contents):
+    """Write ``contents``, a dict of tensors and plain types, as a state file of ``kind``.
+
+    A signal waits until the file stands.
+    """
+    state = {"format": f"rtd-{kind}-{VERSION}", **contents}
+    state["checksum"] = checksum(state)
+    with (
+        deferred(),
+        atomic_write(path) as file,
+    ):  # of a path, torch would store the temporary's name
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch closes its file, which fails too and hides why
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def load_state(path, kind, mmap=True):
+    """The contents of a state file of ``kind``, on the CPU.
+
+    mmap: tensors are read from the disk when they are used. Raises InputError for a file that is
+    missing, of another kind or version, or not exactly what was saved.
+    """
+    expected = f"a state file of {KINDS[kind]}"
+    with reading(path, expected), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that no state file holds
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        name, _, version = str(state["format"]).rpartition("-")
+        if name != f"rtd-{kind}":
+            raise InputError(f"{path} is not {expected}, its format is {state['format']}")
+        if version != str(VERSION):
+            age = "an older" if int(version) < VERSION else "a newer"
+            raise InputError(
+                f"{path} was made by {age} version of rtd (its format is {version}, here it is "
+                f"{VERSION}): use that version, or make the file again"
+            )
+        if state["checksum"] != checksum({k: v for k, v in state.items() if k != "checksum"}):
+            raise InputError(f"{path} is damaged: its checksum does not fit its contents")
+    return state
+
+
+def write_csv(path, columns, rows):
+    """The table ``rows`` (dicts with at least ``columns``) as a CSV file, whole or not at all.
+
+    Floats get 9 significant digits, which say a float32 exactly; None is an empty cell.
+    """
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            values = (row[column] for column in columns)
+            writer.writerow(f"{v:.9g}" if isinstance(v, float) else v for v in values)
+
+
+def read_csv(path, columns=None):
+    """The rows of a table: whole numbers as int, other numbers as float, nothing as None, else str.
+
+    Raises InputError for a file that is no such table or does not have ``columns``.
+    """
+    with reading(path, "a CSV table"), open(path, **TEXT) as file:
+        header, *lines = csv.reader(file, strict=True)
+        if columns and header != list(columns):
+            raise InputError(f"{path} does not have the columns {','.join(columns)}")
+        return [dict(zip(header, map(_parse, line), strict=True)) for line in lines]
+
+
+def _parse(cell):
+    try:
+        value = float(cell)
+    except ValueError:
+        return cell or None
+    return int(cell) if cell.lstrip("-").isdecimal() and abs(value) < 2**63 else value
+
+
+def read_json(path):
+    """The value in a JSON file; InputError if it is missing or damaged."""
+    with reading(path, "a JSON file"):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def sha256(path):
+    """Hex digest of a file, to say which checkpoint a number came from."""
+    with reading(path):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def flags(args):
+    """The flags of a run by name, as JSON has them: paths as text, tuples as lists."""
+    return json.loads(json.dumps(dict(sorted(vars(args).items())), default=str))
+
+
+def provenance(args, device):
+    """What makes a run again: flags, command, versions, commit, device and start time."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.check_output(
+            git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    packages = ("torch", "torchvision", "numpy", "scikit-learn")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "flags": flags(args),
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit,
+        "device": str(device),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -1,0 +1,241 @@
+"""The folder of one run: refused if it holds another one, locked, continued exactly by --resume."""
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from rtd import plots
+from rtd.errors import Diverged, InputError
+from rtd.harness import console, files
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing stops two processes from writing into one folder
+    fcntl = None
+
+RUNNING = ("out", "resume", "overwrite", "save_every", "no_plot", "plot_format", "data_dir")
+RUNNING += ("download", "device")  # flags that may differ between a run and its --resume
+
+PROCESS = uuid.uuid4().hex  # containers number their processes alike
+
+
+def lock(path, flag):
+    """A file object that keeps ``path`` locked until it is closed or the process ends.
+
+    Raises InputError, which names the process that holds it, where another one does.
+    """
+    file = open(path, "a+")  # noqa: SIM115 (the lock lives as long as the file)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder, token = (*file.read().split(), "", "")[:2]
+        if token == PROCESS:  # an earlier run of this process, which is over
+            return file
+        raise InputError(
+            f"{flag} is in use by process {holder}; wait for its end, or give another"
+        ) from None
+    except OSError:  # a file system that has no locks
+        pass
+    file.truncate(0)
+    file.write(f"{os.getpid()} {PROCESS}\n")
+    file.flush()
+    return file
+
+
+def check_output(args):
+    """Refuse an --out, a file, that exists (without --overwrite) or has no folder."""
+    if args.out.exists() and not (args.overwrite and args.out.is_file()):
+        raise InputError(
+            f"--out {args.out} exists already: --overwrite replaces a file, or give another"
+        )
+    if not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: there is no folder {args.out.parent}")
+
+
+class Run:
+    """A run's folder, its lock, config.json, tables and state files, and how it is continued.
+
+    products: glob patterns of the files that it may write besides config.json, which --overwrite
+    deletes. may_change: flags besides ``RUNNING`` that may differ on --resume. images: {name:
+    SHA-256} of the images that it reads. networks: what it reads as PATH:NETWORK; other words in it
+    do not matter. Raises InputError for a folder that holds a run already (without --resume or
+    --overwrite), or was run with other flags, checkpoints or images, or is in use.
+    """
+
+    def __init__(self, args, device, world, products, may_change=(), images=(), networks=()):
+        self.folder, self.args, self.device, self.world = Path(args.out), args, device, world
+        paths = {spec: Path(spec.rpartition(":")[0]) for spec in networks if spec}
+        paths = {spec: path for spec, path in paths.items() if path.is_file()}
+        self.config, free = files.provenance(args, device), {*RUNNING, *may_change}
+        flags = {k: v for k, v in self.config["flags"].items() if k not in free}
+        self.identity = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+        self.identity |= dict(images) | {spec: files.sha256(paths[spec]) for spec in paths}
+        self.config["identity"] = self.identity
+        self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
+        world.in_main(lambda: self._open(products, [path.resolve() for path in paths.values()]))
+
+    def _open(self, products, read):
+        folder, args, config = self.folder, self.args, self.folder / "config.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
+        used = any(folder.glob("[!.]*"))
+        if used and not (args.resume or args.overwrite):
+            raise InputError(
+                f"--out {folder} holds a run already: --resume continues it, "
+                "--overwrite starts again"
+            )
+        continued = used and args.resume
+        if continued and not config.exists():
+            raise InputError(
+                f"--resume: {folder} holds files but no config.json; give another --out"
+            )
+        self._lock = lock(folder / ".lock", f"--out {folder}")
+        if continued:
+            self._check(config, files.read_json(config))
+        old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
+        if lost := {path.resolve() for path in old} & set(read):
+            raise InputError(f"--overwrite would delete {min(lost)}, which this run reads; move it")
+        for pattern in map(
+            Path, (*products, "config.json")
+        ):  # and what ``atomic_write`` leaves if it is killed
+            old += folder.glob(str(pattern.with_name(f".{pattern.name}.*.tmp")))
+        for path in old:
+            path.unlink(missing_ok=True)
+        if not continued:
+            with files.atomic_write(config, "w") as file:
+                file.write(json.dumps(self.config, indent=2) + "\n")
+        self.say(f"run folder: {folder}")
+        if shutil.disk_usage(folder).free < 2**30:
+            self.say(f"note: less than 1 GB is free on the disk of {folder}")
+
+    def _check(self, path, contents, **unit):
+        """Raise InputError unless ``contents``, of a file, belong to this run and ``unit``."""
+        with files.reading(path, "of a run"):
+            found, wanted = contents["identity"], self.identity | unit
+            odd = [
+                f"{name} was {str(found.get(name))[:60]}, is {str(value)[:60]}"
+                for name, value in wanted.items()
+                if found.get(name) != value
+            ]
+        if odd:
+            raise InputError(
+                f"--resume: {path} is of another run ({', '.join(odd)}); use that, or another --out"
+            )
+
+    def say(self, *words):
+        """Print, in the main process."""
+        self.world.say(*words)
+
+    def save(self, name, contents, kind="state"):
+        """Write a state file of this run, with its identity; like all that writes, in main."""
+        if self.world.is_main:
+            began, path = time.monotonic(), self.folder / name
+            path.parent.mkdir(exist_ok=True)
+            contents = contents | {"identity": self.identity | {"unit": name}}
+            files.save_state(path, kind, contents)
+            self._saved = time.monotonic()
+            self._cost = self._saved - began
+
+    def save_is_due(self, done, last):
+        """Whether to save after ``done`` of ``last`` epochs.
+
+        --save-every says how often; by default saving costs at most a tenth of the time.
+        """
+        if self.args.save_every and done < last:
+            return done % self.args.save_every == 0
+        return done == last or time.monotonic() - self._saved >= 10 * self._cost
+
+    def load(self, name, table=None, kind="state"):
+        """What ``save`` wrote; None where nothing was saved yet.
+
+        table: a CSV file that is written after ``name``; where it is there without ``name``, the
+        run is refused, as its rows would be lost.
+        """
+        path = self.folder / name
+
+        def read():
+            if path.exists():
+                state = files.load_state(path, kind, mmap=False)
+                self._check(path, state, unit=name)
+                return state
+            if table and (self.folder / table).exists():
+                raise InputError(
+                    f"--resume: {path} is missing, from which {table} goes on; "
+                    "--overwrite starts again"
+                )
+
+        return self.world.decide(read)
+
+    def for_each(self, units, do, name="run", finish=lambda diverged: None):
+        """do(unit, run) for independent ``units``, shared as ``World.units`` says.
+
+        The ``run`` is this one as those processes see it that do the unit. finish(diverged) follows
+        in the main process, with {position of a unit that diverged: its message}. Raises Diverged,
+        in the end, if there are any.
+        """
+        run = copy.copy(self)
+        mine, run.world = self.world.units(len(units))
+        began, diverged = time.monotonic(), {}
+        for done, i in enumerate(mine):
+            spent = time.monotonic() - began
+            left = console.duration(spent / max(1, done) * (len(mine) - done))
+            if len(mine) > 1:
+                run.say(f"{name} {done + 1} of {len(mine)}" + f", {left} left" * (spent > 60))
+            try:
+                do(units[i], run)
+            except Diverged as error:
+                run.say(error)
+                diverged[i] = str(error)  # the error itself would hold on to the network
+        diverged = self.world.gather(diverged)
+
+        def end():
+            finish(diverged)
+            if diverged:
+                reasons = "; ".join(diverged.values())
+                raise Diverged(f"{len(diverged)} of {len(units)} {name}s diverged: {reasons}")
+
+        self.world.in_main(end)
+
+    def table(self, name, columns, rows):
+        """Write ``rows`` as the CSV file ``name`` of this run."""
+        if self.world.is_main:
+            files.write_csv(self.folder / name, columns, rows)
+
+    def concatenate(self, name, columns, parts):
+        """Write those of the tables ``parts`` that exist yet as one, ``name``; returns its rows."""
+        paths = [self.folder / part for part in parts]
+        rows = [row for p in paths if p.exists() for row in files.read_csv(p, columns)]
+        self.table(name, columns, rows)
+        return rows
+
+    def draw(self, name, make, *arguments):
+        """Draw the figure ``make(*arguments)`` as ``name`` in each --plot-format."""
+        if self.world.is_main and not self.args.no_plot:
+            for kind in self.args.plot_format:
+                draw(self.folder / f"{name}.{kind}", self.world.say, make, *arguments)
+
+
+def draw(path, say, make, *arguments):
+    """Draw the figure ``make(*arguments)`` into a file; what fails there costs no result."""
+    if importlib.util.find_spec("matplotlib") is None:
+        say(f"{path.name} is not drawn: matplotlib is missing (pip install -e '.[full]')")
+        return
+    try:
+        figure = make(*arguments)
+        with files.atomic_write(path) as file:
+            plots.save(figure, file, path.suffix[1:])
+        say(f"picture: {path}")
+    except Exception as error:  # matplotlib may fail in any way; all numbers are written already
+        say(
+            f"{path.name} is not drawn ({files.one_line(error)}); the numbers stand, and the same "
+            "command with --resume draws it again"
+        )

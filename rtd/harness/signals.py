@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM, a cluster's warning before it kills, stop a run where its state is whole."""
+
+import contextlib
+import signal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal came; like KeyboardInterrupt, not for ``except Exception`` to swallow."""
+
+
+@contextlib.contextmanager
+def _handled(handler):
+    """Within the block ``handler`` answers to ``SIGNALS``, unless they are ignored already."""
+    before = {n: signal.getsignal(n) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def raising(received):
+    """Within the block a signal is noted in the list ``received`` and raises ``Stopped``."""
+
+    def handler(number, _):
+        received.append(number)
+        raise Stopped
+
+    return _handled(handler)
+
+
+@contextlib.contextmanager
+def deferred():
+    """In the block, which leaves state half changed, a signal waits for its end; a second not."""
+    waiting = []
+
+    def handler(number, _):
+        waiting.append(number)
+        if len(waiting) > 1:
+            raise Stopped
+
+    try:
+        with _handled(handler):
+            yield
+    finally:
+        for number in waiting:
+            signal.raise_signal(number)

@@ -1,0 +1,115 @@
+"""Several values of a flag: a run for each combination, in a folder of its own, and a summary."""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from rtd import plots
+from rtd.errors import InputError
+from rtd.harness import cli, files
+from rtd.harness.checkpoint import path_of
+from rtd.harness.run import Run
+
+SWEPT = ("dataset", "encoder", "norm", "bottleneck", "out_dim", "subset", "lr", "alpha", "seed")
+DISTANCES = ("distance_encoder", "distance_head", "distance_total")
+PRODUCTS = ("summary.csv", "sweep.*", "dynamics.*", "curves.*")
+
+
+def probe_columns(probes):
+    """The columns of log.csv that the ``probes`` fill."""
+    return [f"{of}_{probe}" for of in ("student", "teacher", "input") for probe in probes]
+
+
+def varied(args):
+    """The names of the flags that were given several values."""
+    return [name for name in SWEPT if len(getattr(args, name)) > 1]
+
+
+def expand(args):
+    """The flags of each run, with single values; in a sweep ``out`` is a folder within --out."""
+    expanded = []
+    for values in itertools.product(*(getattr(args, name) for name in SWEPT)):
+        flags = vars(args) | dict(zip(SWEPT, values, strict=True))
+        parts = [f"{name.replace('_', '')}{label(flags[name])}" for name in varied(args)]
+        flags["out"] = args.out / "-".join(parts).replace("/", ".")  # of a single run, --out itself
+        expanded.append(argparse.Namespace(**flags))
+    return expanded
+
+
+def label(value):
+    """A value of a flag as short text; None, which is what no flag gives, as "default"."""
+    if not isinstance(value, float):
+        return "default" if value is None else str(value)
+    return f"{value:g}" if float(f"{value:g}") == value else str(value)
+
+
+def run(args, planned, device, world, do, title):
+    """Do all ``planned`` runs, do(args, device, world), and sum up those that do not diverge."""
+    # refuse images that a later run would miss before the first begins
+    for one in {(one.dataset, one.subset, one.out_dim): one for one in planned}.values():
+        cli.load_sources(one, world)
+    if (args.out / "checkpoint.pt").exists():
+        raise InputError(f"--out {args.out} holds a single run; give a sweep another folder")
+    if args.overwrite and args.teacher:
+        teacher = Path(path_of(args.teacher)).resolve()
+        if any(teacher.is_relative_to(one.out.resolve()) for one in planned):
+            raise InputError(f"--overwrite would delete --teacher {args.teacher}; move it")
+    names = [name for name in varied(args) if name != "seed"]
+    # what varied may get more values when a sweep is continued, but not vary over other flags
+    sweep = Run(args, device, world, PRODUCTS, ("epochs", *SWEPT), {"flags that vary": names})
+
+    def finish(diverged):
+        groups = {}
+        for i, one in enumerate(planned):
+            if i not in diverged:
+                logs = groups.setdefault(tuple(getattr(one, name) for name in names), [])
+                logs.append(files.read_csv(one.out / "log.csv"))
+        if not groups:
+            return
+        summarize(sweep, names, groups, args.probe)
+        if names:
+            sweep.draw("sweep", plots.sweep, names, groups, title)
+            sweep.draw("dynamics", plots.dynamics, names, groups, title)
+        else:
+            sweep.draw("curves", plots.curves, groups[()], title)
+
+    sweep.for_each(planned, lambda one, run: do(one, device, run.world), finish=finish)
+
+
+def summarize(sweep, names, groups, probes):
+    """Write and say summary.csv: mean, standard deviation and number over the seeds.
+
+    Reports best and final epoch for the probes, the final epoch for KL and distances.
+    """
+    probed = probe_columns(probes)
+    columns, rows = (*names, "quantity", "epoch", "mean", "std", "n"), []
+    sweep.say(f"\n{sweep.folder / 'summary.csv'}: mean and standard deviation over n seeds")
+    for values, logs in groups.items():
+        setting = dict(zip(names, map(label, values), strict=True))
+        for column in (*probed, "kl", *DISTANCES):
+            both = zip(*(plots.best_and_final(log, column) for log in logs), strict=True)
+            for epoch, found in zip(("best", "final"), both, strict=True):
+                if epoch == "best" and column not in probed:
+                    continue
+                mean, std = mean_and_std(found)
+                rows.append(
+                    setting | dict(quantity=column, epoch=epoch, mean=mean, std=std, n=len(logs))
+                )
+                if column.startswith("student"):
+                    words = "".join(f"{name} {value:<10} " for name, value in setting.items())
+                    words += f"{column:<15} {epoch:<6} {plus_minus(found)} (n = {len(logs)})"
+                    sweep.say(f"  {words}")
+    sweep.table("summary.csv", columns, rows)
+
+
+def mean_and_std(values):
+    """Mean and sample standard deviation (n - 1); the latter is None for a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def plus_minus(values):
+    """``mean_and_std`` in words."""
+    mean, std = mean_and_std(values)
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} +- {std:.2f}"

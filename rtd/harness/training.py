@@ -1,0 +1,200 @@
+"""One loop for distillation and supervised training, which can stop and go on at any step."""
+
+import copy
+import time
+
+import torch
+import torch.nn.functional as F
+
+from rtd.distill import weighted_mean
+from rtd.errors import Diverged
+from rtd.harness.console import progress
+from rtd.harness.device import tf32
+from rtd.harness.signals import Stopped, deferred
+from rtd.init import random_stream
+from rtd.supervised import SupervisedLoss, build_classifier, learning_rate, predict, sgd
+
+
+class Training:
+    """Trains a module whose forward pass is its loss, one epoch after the other.
+
+    loss: a module with loss(index, observe, precision) -> (loss, more to log where ``observe``),
+    ``begin_epoch(epoch)`` and ``after_step()``. data: the ``Dataset`` it is trained on. stream:
+    seed and names of the run's random numbers: epoch e, from 1, has the order of
+    random_stream(*stream, "batch-order", e). run: a ``Run`` with the flags batch_size, precision;
+    fp32_steps, the first steps in fp32 whatever the precision is; log_every, the steps between two
+    that are observed (at least 5 an epoch are, first and last among them). name: what is trained,
+    for messages.
+    """
+
+    def __init__(self, loss, optimizer, data, stream, run, name):
+        self.loss, self.optimizer, self.run, self.name = loss, optimizer, run, name
+        self.args, self.world, self.device = run.args, run.world, run.device
+        self.count, self.stream = len(data.train), stream
+        self.steps = -(-self.count // self.args.batch_size)  # of an epoch
+        self.epoch, self.losses, self.observed = 0, [], []  # of the epoch being worked on, or done
+        self.images_per_second = (
+            None  # of all processes together, of what this session did of the last epoch
+        )
+        self.observed_steps = []
+        if every := getattr(self.args, "log_every", None):
+            every = min(every, max(1, (self.steps - 1) // 4))
+            self.observed_steps = sorted({*range(0, self.steps, every), self.steps - 1})
+        self._trained = self.world.data_parallel(loss)
+
+    @property
+    def step(self):
+        """How many steps are done."""
+        return max(0, self.epoch - 1) * self.steps + len(self.losses)
+
+    def run_epoch(self, epoch, save):
+        """Train for ``epoch``, or what is left of it; returns the mean of each value of the loss.
+
+        Where a signal stops it, ``save()`` is called after the last whole step (in a single process
+        only: several would stop after different steps). Raises Diverged.
+        """
+        if epoch != self.epoch:
+            self.epoch, self.losses, self.observed = epoch, [], []
+        generator = random_stream(*self.stream, "batch-order", epoch)
+        order = torch.randperm(self.count, generator=generator).to(self.device)
+        batches = order.split(self.args.batch_size)
+        left = batches[len(self.losses) :]
+        self.loss.begin_epoch(epoch)
+        self._trained.train()
+        began = time.perf_counter()
+        try:
+            for batch in progress(left, f"{self.name} epoch {epoch}"):
+                with deferred():
+                    self._step(batch)
+        except Stopped:
+            if self.world.size == 1:
+                save()
+            raise
+        self.world.broadcast(self.loss.buffers())  # batch norm's statistics: the main process's
+        sizes = [len(batch) for batch in batches]
+        means = [self._mean(torch.stack(self.losses), sizes)]
+        if self.observed:
+            watched = [sizes[i] for i in self.observed_steps]
+            means += self._mean(torch.stack(self.observed), watched)
+        finite = [x.isfinite().all() for x in (means[0], *self.loss.parameters())]
+        if not torch.stack(finite).all():  # one wait for a GPU, not one for each parameter
+            self._diverged()  # in all processes
+        means = [mean.item() for mean in means]  # on a GPU, this waits for the steps
+        self.images_per_second = sum(map(len, left)) / (time.perf_counter() - began)
+        return means
+
+    def start(self, evaluate):
+        """Means as of an epoch, but without a step; evaluate(loss, batches) -> a row a batch."""
+        batches = torch.arange(self.count, device=self.device).split(self.args.batch_size)
+        # as in a step, each process sees its part of a batch: SyncBatchNorm waits for all of them
+        shares, factors = zip(*map(self.world.share, batches), strict=True)
+        values = evaluate(self.loss, shares)
+        factors = torch.tensor(factors, device=self.device).unsqueeze(1)
+        return self._mean(values * factors, [len(batch) for batch in batches]).tolist()
+
+    def _step(self, batch):
+        mine, factor = self.world.share(batch)  # all of the batch, and 1, in a single process
+        observe = len(self.losses) in self.observed_steps
+        early = self.step < getattr(self.args, "fp32_steps", 0)
+        precision = "fp32" if early else self.args.precision
+        self.optimizer.zero_grad()
+        with tf32(precision):
+            loss, *more = self._trained(mine, observe, precision)
+            loss = factor * loss
+            # on a GPU, reading the loss would wait for the step: there the epoch's end finds out
+            if self.device.type == "cpu" and self.world.size == 1 and not loss.isfinite():
+                self._diverged()
+            loss.backward()
+        self.optimizer.step()
+        self.loss.after_step()
+        self.losses.append(loss.detach())
+        if observe:
+            self.observed.append(factor * torch.stack(more))
+
+    def _mean(self, values, weights):
+        return self.world.average(weighted_mean(values, weights))
+
+    def _diverged(self):
+        step = min(len(self.losses) + 1, self.steps)
+        hint = ", or --precision fp32" if self.args.precision == "bf16" else ""
+        raise Diverged(
+            f"{self.name}: the loss is not finite in epoch {self.epoch}, step {step}; what was "
+            f"saved before stands. Try a smaller --lr than {self.args.lr:g}{hint}"
+        )
+
+    def state(self):
+        """What decides how training goes on, but for the module's own state."""
+        state = {"epoch": self.epoch, "losses": self.losses, "observed": self.observed}
+        return state | {"optimizer": self.optimizer.state_dict()["state"]}
+
+    def load_state(self, state):
+        """Go back, or on, to a ``state``, which stays as it is."""
+        self.epoch = state["epoch"]
+        self.losses = [loss.to(self.device) for loss in state["losses"]]
+        self.observed = [values.to(self.device) for values in state["observed"]]
+        # the optimizer keeps, and changes, the tensors that it is given
+        optimizer = self.optimizer.state_dict() | {"state": copy.deepcopy(state["optimizer"])}
+        self.optimizer.load_state_dict(optimizer)
+
+
+def evaluate(classifier, split, data, precision, world):
+    """(accuracy in percent, mean cross-entropy) on a ``Split``, which the processes share.
+
+    data: the ``Dataset`` whose normalisation the images get.
+    """
+
+    def answer(images):
+        return predict(classifier, images, data.mean, data.std, precision)
+
+    logits = world.map_rows(answer, split.images)
+    accuracy = 100 * (logits.argmax(1) == split.labels).sum().item() / len(split)
+    return accuracy, F.cross_entropy(logits, split.labels).item()
+
+
+class SupervisedTraining(Training):
+    """Training of a classifier with labels to the end of its schedule, tested after each epoch."""
+
+    def __init__(self, start, data, stream, run, name):
+        """start: ``rtd.harness.checkpoint.Start``. data: a ``Dataset`` on the device.
+
+        stream: seed and names of batch order and augmentation. run: with the flags of
+        ``cli.add_training_flags``.
+        """
+        self.data = data.with_normalization(start.source)
+        generator = random_stream(run.args.seed, "fc-init")
+        classifier = build_classifier(start.architecture, start.state, data.num_classes, generator)
+        self.classifier = classifier.to(run.device)
+        loss = SupervisedLoss(classifier, self.data, stream)
+        super().__init__(loss, sgd(classifier, run.args.lr), data, stream, run, name)
+        self.accuracies, self.seconds = [], 0.0  # on the test split after each epoch; of all epochs
+
+    def epochs(self, save):
+        """Train to the end of the schedule, test after each epoch, ``save()`` where it is due.
+
+        Yields how many epochs are done: at once, and after each further one before it is saved.
+        """
+        args = self.args
+        yield len(self.accuracies)
+        for done in range(len(self.accuracies) + 1, args.epochs + 1):
+            began = time.perf_counter()
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(done - 1, args.epochs, args.lr)
+            self.run_epoch(done, save)
+            found = evaluate(self.classifier, self.data.test, self.data, args.precision, self.world)
+            self.accuracies.append(found[0])
+            self.seconds += time.perf_counter() - began
+            yield done
+            if self.run.save_is_due(done, args.epochs):
+                save()
+
+    def state(self):
+        """A copy of everything that decides how training goes on."""
+        state = {"accuracies": self.accuracies, "seconds": self.seconds}
+        state |= {"classifier": self.classifier.state_dict(), "training": super().state()}
+        return copy.deepcopy(state)
+
+    def load_state(self, state):
+        """Go back, or on, to a ``state``, which stays as it is."""
+        self.classifier.load_state_dict(state["classifier"])
+        super().load_state(state["training"])
+        self.accuracies, self.seconds = list(state["accuracies"]), state["seconds"]
