@@ -1,66 +1,83 @@
 """Shared by all tests: small runs, and the scripts' command lines in this process."""
 
-import importlib
+import gc
 import os
+import runpy
+import signal
 import sys
-from pathlib import Path
+import time
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tests run in two processes, and their runs are small
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: runs are small, tests two at a time
 import torch  # noqa: E402
+from helpers import CASES, ROOT, Result, finish, image_folder, start, words  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from processes import finish, start  # noqa: E402
-
-from rtd import cli  # noqa: E402
-
-# A run of seconds. The narrow encoder and head make small checkpoints: their fsync is what tests would wait for.
-TINY = "--subset 40 --test-subset 30 --encoder resnet20 --head-hidden 32 --bottleneck-dim 16 --out-dim 64 --batch-size 16 --k 5"
-TINY = [*TINY.split(), "--device", "cpu", "--no-plot"]
-
-# The same for the scripts that train with labels.
-SUPERVISED = "--subset 40 --test-subset 30 --encoder resnet20 --batch-size 16 --device cpu --no-plot"
-SUPERVISED = SUPERVISED.split()
-
-
-class Result:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
+# A shell ignores Ctrl-C in background jobs, which their children inherit; here it must arrive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """script("run_distill", *flags) -> Result: the script as ``python run_distill.py flags`` runs it, in this process."""
+    """script("distill", *flags) -> Result of ``python run_distill.py flags``, in this process."""
 
     def call(name, *flags):
-        module = importlib.import_module(name)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [f"run_{name}.py", *words(flags)])
         capsys.readouterr()
+        if {"--resume", "--overwrite"} & {*sys.argv}:
+            gc.collect()  # closes files, and with them locks, that an earlier call left open
+        code = 0
         try:
-            cli.run(module.main, module.parse_args())
-            code = 0
+            runpy.run_path(str(ROOT / f"run_{name}.py"), run_name="__main__")
         except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
+            code = stop.code or 0
+        return Result(code, *capsys.readouterr())
 
     return call
 
 
+class Finished(dict):
+    """{name of a case: folder of its unbroken run}, made when it is asked for; not to be changed.
+
+    "half NAME" is a run that was begun shorter. seconds: how long each took.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.seconds = folder, {}
+
+    def flags(self, name):
+        """The words of a case's command line."""
+        return CASES[name].flags.format_map(self)
+
+    def __missing__(self, name):
+        path = self.folder / name.replace(" ", "-")
+        if name == "images":
+            self[name] = image_folder(path)
+            return path
+        whole = name.removeprefix("half ")
+        flags = [self.flags(whole), CASES[whole].shorter * (name != whole)]  # may make others first
+        began = time.monotonic()
+        finish(start(CASES[whole].script, flags, "--out", path))
+        self.seconds[name] = time.monotonic() - began
+        self[name] = path
+        return path
+
+
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """The folder of a finished run of 5 tiny epochs, not to be changed by tests."""
-    folder = tmp_path_factory.mktemp("tiny") / "run"
-    finish(start("run_distill", *TINY, "--epochs", 5, "--out", folder))
-    return folder
+def finished(tmp_path_factory):
+    return Finished(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def tiny_run(finished):
+    """The folder of a finished distillation of 4 tiny epochs, not to be changed."""
+    return finished["distill"]
 
 
 @pytest.fixture(autouse=True)
 def nobody_touches_the_global_generator():
-    """Every draw in rtd comes from an explicit generator."""
+    """Every draw comes from an explicit generator."""
     before = torch.random.get_rng_state()
     yield
     assert torch.equal(before, torch.random.get_rng_state())

@@ -1,73 +1,56 @@
-"""Images in memory: the digits, normalisation, class-balanced subsets."""
+"""Images in memory: normalisation, resizing, class-balanced subsets."""
 
 import numpy as np
 import pytest
 import torch
 
 from rtd import data
-from rtd.datasets import load_dataset
 from rtd.errors import InputError
 
 
-def test_digits_are_three_equal_channels_of_32x32_in_ten_classes():
-    digits = load_dataset("digits")
-    assert digits.train.images.shape == (1347, 3, 32, 32)
-    assert digits.test.images.shape == (450, 3, 32, 32)
-    assert digits.train.images.dtype == torch.uint8
-    assert digits.train.images.max() == 255
-    assert torch.equal(digits.train.images[:, 0], digits.train.images[:, 2])
-    counts = torch.bincount(digits.test.labels)
-    assert len(counts) == digits.num_classes == 10
-    assert counts.min() >= 43
-
-
-def test_digits_splits_share_no_image():
-    digits = load_dataset("digits")
-    train = {image.numpy().tobytes() for image in digits.train.images}
-    assert not [1 for image in digits.test.images if image.numpy().tobytes() in train]
-
-
 def test_normalize_is_pixels_over_255_minus_mean_over_std(generator):
-    images = torch.randint(256, (5, 3, 6, 7), dtype=torch.uint8, generator=generator)
+    images = torch.randint(256, (50, 3, 6, 7), dtype=torch.uint8, generator=generator)
     mean, std = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.3, 0.4])
     expected = (images.numpy() / 255 - mean.reshape(3, 1, 1)) / std.reshape(3, 1, 1)
     found = data.normalize(images, tuple(mean), tuple(std))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_channel_statistics_are_numpys(generator):
-    images = torch.randint(256, (50, 3, 6, 7), dtype=torch.uint8, generator=generator)
+    assert torch.equal(data.normalize(found, tuple(mean), tuple(std)), found)  # is normalised
     mean, std = data.channel_statistics(images)
     np.testing.assert_allclose(mean, (images.numpy() / 255).mean((0, 2, 3)))
     np.testing.assert_allclose(std, (images.numpy() / 255).std((0, 2, 3)))
 
 
 @pytest.mark.parametrize("n", [1, 7, 10, 33, 150, 199, 200])
-def test_subset_is_balanced_as_far_as_the_classes_reach(n):
+def test_subset_is_balanced_as_far_as_the_classes_reach(n, generator):
     labels = torch.tensor([0] * 100 + [1] * 60 + [2] * 40)
-    index = data.balanced_subset(labels, n, torch.Generator().manual_seed(1))
+    index = data.balanced_subset(labels, n, generator)
     assert len(index.unique()) == n
     assert torch.equal(index, index.sort().values)
     counts = torch.bincount(labels[index], minlength=3)
-    have = torch.tensor([100, 60, 40])
-    short = counts < have
-    if short.any():  # classes with images left differ by one at most, and no exhausted class has more
+    short = counts < torch.tensor([100, 60, 40])
+    if short.any():  # classes with images left differ by one at most, and no exhausted one has more
         assert counts[short].max() - counts[short].min() <= 1
         assert (counts[~short] <= counts[short].max()).all()
 
 
-def test_smaller_subsets_lie_in_larger_ones_and_draws_differ():
-    labels = torch.arange(100) % 10
-
+def test_smaller_subsets_lie_in_larger_ones_and_draws_differ(generator):
     def draw(n, seed):
-        return set(data.balanced_subset(labels, n, torch.Generator().manual_seed(seed)).tolist())
+        labels = torch.arange(100) % 10
+        return set(data.balanced_subset(labels, n, generator.manual_seed(seed)).tolist())
 
     assert draw(20, 0) < draw(50, 0)
     assert draw(20, 0) != draw(20, 1)
+    for n in (0, -1, 101):
+        with pytest.raises(InputError, match=f"subset of {n} images .* choose 1 to 100"):
+            draw(n, 0)
 
 
-@pytest.mark.parametrize(("flag", "n"), [("subset", 1348), ("test_subset", 451)])
-def test_subset_larger_than_the_data_is_refused(flag, n):
-    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} {n}"):
-        load_dataset("digits", **{flag: n})
+def test_what_is_taken_keeps_its_labels_and_is_always_the_same():
+    labels = torch.arange(100) % 10
+    split = data.Split(labels.view(-1, 1, 1, 1).expand(-1, 3, 2, 2), labels)
+    some = data.take(split, 20, "train")
+    assert torch.bincount(some.labels).tolist() == [2] * 10
+    assert torch.equal(some.images[:, 0, 0, 0], some.labels)
+    assert torch.equal(some.images, data.take(split, 20, "train").images)
+    assert data.take(split, None, "train") is split

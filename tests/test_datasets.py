@@ -1,9 +1,14 @@
-"""Published data sets, and the images that are only distilled on: unlabelled STL-10, CIFAR-5M and noise."""
+"""The data sets by name: published ones, what is only distilled on, image files and caches."""
 
 import errno
+import hashlib
 import os
+import subprocess
+import sys
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,205 +16,227 @@ import torch
 import torchvision
 from PIL import Image
 
-from rtd import datasets
-from rtd.data import Dataset, Split, channel_statistics, normalize
-from rtd.datasets import load_dataset
+from rtd.data import channel_statistics, normalize, take
 from rtd.errors import InputError
+from rtd.harness.datasets import DATASETS, fingerprints, load_dataset
 
-CIFAR10 = Path(os.environ.get("RTD_DATA_DIR", Path(__file__).resolve().parent.parent / "data"))
-needs_cifar10 = pytest.mark.skipif(
-    not (CIFAR10 / "cifar-10-batches-py").is_dir(), reason=f"CIFAR-10 is not in {CIFAR10} (set RTD_DATA_DIR)"
-)
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("RTD_DATA_DIR", ROOT / "data"))
+DENIED = PermissionError(errno.EACCES, "Permission denied", "data_batch_3")
 
 
-@needs_cifar10
+@pytest.fixture
+def publish(monkeypatch, tmp_path):
+    """Let torchvision's class ``kind`` read random images; returns them and what was read."""
+
+    def call(kind, **sizes):
+        source, held = getattr(torchvision.datasets, kind), {"read": []}
+        shape = (3, 96, 96) if kind == "STL10" else (32, 32, 3)
+        for split, n in sizes.items():
+            images = np.random.default_rng(n).integers(0, 256, (n, *shape), dtype=np.uint8)
+            held[split] = images, np.full(n, -1) if split == "unlabeled" else np.arange(n) % 10
+
+        class Source(source):
+            def __init__(self, root, split="train", download=False):
+                held["read"].append({True: "train", False: "test"}.get(split, split))
+                self.data, self.labels = held[held["read"][-1]]
+                self.targets = self.labels.tolist()
+
+        (tmp_path / source.base_folder).mkdir()
+        names = [name for name, _ in (*source.train_list, *source.test_list)]
+        for name in (*names, getattr(source, "meta", {"filename": "class_names.txt"})["filename"]):
+            (tmp_path / source.base_folder / name).touch()
+        monkeypatch.setattr(torchvision.datasets, kind, Source)
+        return held
+
+    return call
+
+
+def changed(whole, skip):
+    """``whole`` with one byte changed: each of the zip's and numpy's headers, others sparsely."""
+    for i in {*range(300), *range(0, len(whole), skip), *range(len(whole) - 330, len(whole))}:
+        for byte in {whole[i] ^ 1, 14} - {whole[i]}:  # another digit of a shape; a compression
+            yield whole[:i] + bytes([byte]) + whole[i + 1 :]
+
+
+def refusal(*args, **options):
+    """The sentence with which ``load_dataset`` refuses."""
+    with pytest.raises(InputError) as info:
+        load_dataset(*args, **options)
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+def test_digits_are_three_equal_channels_of_32x32_in_ten_classes():
+    digits = load_dataset("digits")
+    assert digits.train.images.shape == (1347, 3, 32, 32)
+    assert digits.test.images.shape == (450, 3, 32, 32)
+    assert digits.train.images.dtype == torch.uint8 and digits.train.images.max() == 255
+    assert torch.equal(digits.train.images[:, 0], digits.train.images[:, 2])
+    counts = torch.bincount(digits.test.labels)
+    assert len(counts) == digits.num_classes == 10 and counts.min() >= 43
+    train, test = ({i.numpy().tobytes() for i in s.images} for s in (digits.train, digits.test))
+    assert not train & test
+    found = fingerprints(replace(digits, train=take(digits.train, 50, "train")))
+    hashed = digits.test.labels.numpy().tobytes() + digits.test.images.numpy().tobytes()
+    assert found["the test images"] == hashlib.sha256(hashed).hexdigest()
+    assert {**found, "the training images": fingerprints(digits)["the training images"]} != found
+
+
+def test_flags_that_do_not_fit_are_named(tmp_path):
+    assert "--subset 1348" in refusal("digits", subset=1348)
+    assert "--test-subset 451" in refusal("digits", test_subset=451)
+    assert "'mnist': choose one of digits, " in refusal("mnist")
+    for name in set(DATASETS) - {"digits", "noise"}:
+        assert f"--dataset {name} needs --data-dir" in refusal(name)
+    assert "--image-size 64: cifar5m" in refusal("cifar5m", tmp_path, image_size=64)
+
+
+def test_importing_the_module_waits_for_no_other_library():
+    code = "import sys, rtd.harness.datasets; sys.exit(any(m in sys.modules for m in sys.argv))"
+    command = [sys.executable, "-c", code, "torchvision", "PIL", "sklearn"]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
 def test_cifar10_through_torchvision():
-    loaded = load_dataset("cifar10", CIFAR10, subset=1000, test_subset=100)
-    assert torch.bincount(loaded.train.labels).tolist() == [100] * 10
-    whole = datasets.load_published("cifar10", CIFAR10, False, 32)
-    assert whole.train.images.shape == (50_000, 3, 32, 32)
+    if not (REAL / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 in {REAL} (set RTD_DATA_DIR)")
+    whole = load_dataset("cifar10", REAL)
+    assert whole.train.images.shape == (50_000, 3, 32, 32) and len(whole.test) == 10_000
     np.testing.assert_allclose(channel_statistics(whole.train.images)[0], whole.mean, atol=1e-4)
+    some = load_dataset("cifar10", REAL, subset=1000, test_subset=100)
+    assert torch.bincount(some.train.labels).tolist() == [100] * 10
 
 
-def test_missing_or_damaged_cifar10_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere: no complete CIFAR10 here.*batches.meta; --download"):
-        load_dataset("cifar10", tmp_path / "nowhere")
+def test_missing_or_damaged_published_files_are_named(tmp_path):
+    for name, file in (("cifar100", "cifar-100-python with train, test"), ("stl10", "unlabeled_X")):
+        message = refusal(name, tmp_path / "nowhere")
+        assert "nowhere: no complete" in message and file in message and "--download" in message
     (tmp_path / "cifar-10-batches-py").mkdir()
-    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
-    with pytest.raises(InputError, match="data_batch_1 is damaged: .*fetch it again"):
-        load_dataset("cifar10", tmp_path)
-    (tmp_path / "cifar-10-batches-py" / "data_batch_1").unlink()
-    with pytest.raises(InputError, match="data_batch_1 to 5"):
-        load_dataset("cifar10", tmp_path)
+    for name in ("data_batch_1", "batches.meta"):
+        file = tmp_path / "cifar-10-batches-py" / name
+        file.write_bytes(b"half")
+        assert refusal("cifar10", tmp_path).startswith(f"{file} is damaged")
+        file.unlink()
+    assert "data_batch_1, data_batch_2" in refusal("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("cifar100", "CIFAR100"), ("stl10", "STL10")])
-def test_published_sets_are_read_as_torchvision_gives_them(tmp_path, monkeypatch, name, kind):
-    """What torchvision's classes hold, which are replaced here: the images of one are channels-last, of the other 96x96."""
-    rng = np.random.default_rng(0)
-
-    class Source(getattr(torchvision.datasets, kind)):
-        def __init__(self, root, download=False, **part):
-            n = 30 if part in ({"train": True}, {"split": "train"}) else 10
-            assert root == tmp_path and part in ({"train": n == 30}, {"split": "train" if n == 30 else "test"})
-            shape = (n, 32, 32, 3) if kind == "CIFAR100" else (n, 3, 96, 96)
-            self.data = rng.integers(0, 256, shape, dtype=np.uint8)
-            self.targets, self.labels = list(range(n)), np.arange(n, dtype=np.uint8)
-            sources.append(self)
-
-    sources = []
-    monkeypatch.setattr(datasets.torchvision.datasets, kind, Source)
-    loaded = load_dataset(name, tmp_path)
-    assert (len(loaded.train), len(loaded.test), loaded.num_classes) == (30, 10, 100 if name == "cifar100" else 10)
-    assert loaded.train.images.shape == (30, 3, 32, 32) and loaded.train.labels.tolist() == list(range(30))
-    image = sources[1].data[4] if kind == "CIFAR100" else sources[1].data[4].transpose(1, 2, 0)
-    expected = np.asarray(Image.fromarray(image).resize((32, 32), Image.BILINEAR), dtype=int)  # which antialiases
-    assert np.abs(loaded.test.images[4].permute(1, 2, 0).numpy() - expected).max() <= 1
+def test_a_download_that_fails_names_its_address(tmp_path, monkeypatch):
+    for error, kind, said in (
+        (urllib.error.URLError("no such name"), InputError, "--download: https.* no such name"),
+        (RuntimeError("corrupted."), InputError, "--download: https.* something else .*corrupted"),
+        (DENIED, PermissionError, "data_batch_3"),  # which is not blamed on the download
+    ):
+        name = "download_and_extract_archive"
+        monkeypatch.setattr(torchvision.datasets.cifar, name, Mock(side_effect=error))
+        with pytest.raises(kind, match=said):
+            load_dataset("cifar100", tmp_path, download=True)
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (urllib.error.URLError("Name or service not known"), "cannot be fetched .*Name or service not known"),
-        (RuntimeError("File not found or corrupted."), "sent is not what was published .*corrupted"),
-    ],
-)
-def test_a_download_that_fails_names_its_address(tmp_path, monkeypatch, error, said):
-    def refuse(*_, **__):
-        raise error
-
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
-    with pytest.raises(InputError, match=f"--download.*https://www.cs.toronto.edu/.*{said}"):
-        load_dataset("cifar100", tmp_path, download=True)
-
-
-def test_a_file_that_cannot_be_read_is_not_blamed_on_the_download(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", "data_batch_3")
-
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "__init__", refuse)
-    for download in (False, True):
-        with pytest.raises(PermissionError, match="data_batch_3"):
-            load_dataset("cifar10", tmp_path, download=download)
+@pytest.mark.parametrize(("name", "size"), [("cifar100", 64), ("stl10", 32)])
+def test_published_images_are_torchvisions_and_resized_once(tmp_path, publish, name, size):
+    held, said = publish(name.upper(), train=1030, test=10, unlabeled=5), []
+    first, data = (load_dataset(name, tmp_path, image_size=size, say=said.append) for _ in "12")
+    assert held["read"] == ["train", "test"] and [name in line for line in said] == [True, True]
+    assert torch.equal(data.train.images, first.train.images)
+    assert data.train.images.shape == (1030, 3, size, size)
+    assert data.num_classes == (100 if name == "cifar100" else 10)
+    assert data.train.labels.tolist() == held["train"][1].tolist()
+    image = held["train"][0][1020]  # more than 1,000, which are resized at once
+    image = Image.fromarray(image if name == "cifar100" else image.transpose(1, 2, 0))
+    expected = np.asarray(image.resize((size, size), Image.BILINEAR), dtype=int)  # antialiases
+    assert np.abs(data.train.images[1020].permute(1, 2, 0).numpy() - expected).max() <= 1
+    if name == "stl10":
+        data, again = (load_dataset("stl10-unlabelled", tmp_path, probed=data) for _ in "12")
+        assert held["read"] == ["train", "test", "unlabeled"] and again.test is data.test
+        assert torch.equal(data.train.images, again.train.images)
+        assert data.train.images.shape == (5, 3, 32, 32) and data.train.labels.tolist() == [-1] * 5
 
 
-def test_images_of_another_size_are_resized_once(tmp_path, monkeypatch):
-    class Source(torchvision.datasets.CIFAR100):
-        def __init__(self, root, download=False, train=True):
-            calls.append(train)
-            self.data, self.targets = np.full((4, 32, 32, 3), 50 + train, np.uint8), [1, 2, 3, 4]
-
-    calls = []
-    monkeypatch.setattr(datasets.torchvision.datasets, "CIFAR100", Source)
-    (tmp_path / "cifar-100-python").mkdir()
-    for name in ("train", "test"):
-        (tmp_path / "cifar-100-python" / name).write_bytes(b"stands for the images")
-    for _ in range(2):
-        loaded = load_dataset("cifar100", tmp_path, image_size=64)
-        assert loaded.train.images.shape == (4, 3, 64, 64) and (loaded.test.images == 50).all()
-    assert calls == [True, False]
-
-
-@pytest.mark.parametrize(("name", "file"), [("cifar100", "cifar-100-python"), ("stl10", "unlabeled_X.bin")])
-def test_a_missing_published_set_is_named(tmp_path, name, file):
-    with pytest.raises(InputError, match=f"{file}.*--download fetches it"):
-        load_dataset(name, tmp_path)
+def test_whichever_byte_of_a_cache_is_changed_it_is_made_anew(tmp_path, publish):
+    held, cache = publish("CIFAR100", train=10, test=1), tmp_path / ".rtd-cifar100-train-14.npz"
+    images = load_dataset("cifar100", tmp_path, image_size=14).train.images
+    for i, damaged in enumerate(changed(cache.read_bytes(), skip=197)):
+        cache.write_bytes(damaged)
+        found = load_dataset("cifar100", tmp_path, image_size=14).train
+        assert torch.equal(found.images, images) and found.labels.tolist() == [*range(10)], i
+    assert len(held["read"]) > 400
 
 
 @pytest.fixture
-def cifar10(generator, monkeypatch):
-    """60 images that stand in for CIFAR-10."""
-    images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    split = Split(images, torch.arange(60) % 10)
-    whole = Dataset("cifar10", split, Split(images[:20], split.labels[:20]), 10, *datasets.CIFAR_CONSTANTS)
-    monkeypatch.setattr(datasets, "load_published", lambda *_: whole)
-    return whole
+def cifar10(publish):
+    """The data set of 60 and 20 images that stand in for CIFAR-10."""
+    publish("CIFAR10", train=60, test=20)
+    return load_dataset("cifar10", "anywhere")
 
 
 @pytest.fixture
-def cifar5m(tmp_path):
-    """Two published parts of 25,000 and 30 images; (folder, all of their images and labels)."""
-    rng = np.random.default_rng(0)
-    parts = [
-        {"X": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), "Y": rng.integers(0, 10, n, dtype=np.int64)}
-        for n in (25_000, 30)
-    ]
-    for i, part in enumerate(parts):
-        np.savez(tmp_path / f"cifar5m_part{i}.npz", **part)
-    return tmp_path, *(np.concatenate([part[key] for part in parts]) for key in "XY")
+def parts(tmp_path):
+    """Images and labels of CIFAR-5M in parts of 100 and 30, as published, in ``tmp_path``."""
+    x = np.random.default_rng(1).integers(0, 256, (130, 32, 32, 3), dtype=np.uint8)
+    y = np.arange(130) // 2 % 10
+    np.savez(tmp_path / "cifar5m_part0.npz", X=x[:100], Y=y[:100])
+    np.savez(tmp_path / "cifar5m_part1.npz", X=x[100:], Y=y[100:].astype(np.uint16))
+    return x, y
 
 
-def test_cifar5m_is_cifar10_first_then_the_parts_in_order(cifar10, cifar5m):
-    folder, images, labels = cifar5m
-    for n in (25_065, None):  # 5 of the second part; all
-        loaded = load_dataset("cifar5m", folder, subset=n, probed=cifar10).train
-        count = (n or 25_090) - 60
-        assert len(loaded) == 60 + count
-        assert torch.equal(loaded.images[:60], cifar10.train.images)
-        np.testing.assert_array_equal(loaded.images[60:].permute(0, 2, 3, 1), images[:count])
-        np.testing.assert_array_equal(loaded.labels[60:], labels[:count])
-    np.savez(folder / "cifar5m_part1.npz", X=images[25_000:], Y=labels[25_000:].astype(np.int32))  # any integers
-    np.testing.assert_array_equal(load_dataset("cifar5m", folder, probed=cifar10).train.labels[60:], labels)
+@pytest.mark.parametrize("n", [165, None])  # 5 of the second part; all
+def test_cifar5m_is_cifar10_first_then_the_parts_in_order(cifar10, parts, tmp_path, n):
+    said = []
+    data = load_dataset("cifar5m", tmp_path, subset=n, probed=cifar10, say=said.append)
+    count = (n or 190) - 60
+    assert torch.equal(data.train.images[:60], cifar10.train.images)
+    assert torch.equal(data.train.labels[:60], cifar10.train.labels)
+    np.testing.assert_array_equal(data.train.images[60:].permute(0, 2, 3, 1), parts[0][:count])
+    np.testing.assert_array_equal(data.train.labels[60:], parts[1][:count])
+    assert data.test is cifar10.test and "cifar5m_part1.npz" in said[-1]
 
 
-def test_below_cifar10s_size_cifar5m_is_a_balanced_part_of_it(cifar10, tmp_path):
-    loaded = load_dataset("cifar5m", tmp_path, subset=30, probed=cifar10)
-    assert torch.bincount(loaded.train.labels).tolist() == [3] * 10
-    assert loaded.test is cifar10.test
-
-
-def test_cifar5m_reads_only_what_is_asked_for(cifar10, cifar5m):
-    folder, *_ = cifar5m
-    (folder / "cifar5m_part1.npz").write_bytes((folder / "cifar5m_part1.npz").read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"cifar5m_part1\.npz is damaged .*fetch it again"):
-        load_dataset("cifar5m", folder, subset=100, probed=cifar10)
-    (folder / "cifar5m_part1.npz").unlink()
-    assert len(load_dataset("cifar5m", folder, subset=100, probed=cifar10).train) == 100
-    with pytest.raises(InputError, match="--subset 25061: .* have 25060 images"):
-        load_dataset("cifar5m", folder, subset=25_061, probed=cifar10)
-
-
-def test_of_a_part_only_the_rows_asked_for_are_read(cifar10, cifar5m, monkeypatch):
-    given, read = [], datasets.zipfile.ZipExtFile.read
-
-    def counted(file, n=-1):
-        given.append(len(data := read(file, n)))
-        return data
-
-    monkeypatch.setattr(datasets.zipfile.ZipExtFile, "read", counted)
-    assert len(load_dataset("cifar5m", cifar5m[0], subset=160, probed=cifar10).train) == 160
-    assert 100 * 3080 <= sum(given) < 100 * 3080 + 5000  # 100 images and labels, and headers; the part has 25,000
-
-
-def test_a_part_that_does_not_fit_the_others_is_named(cifar10, cifar5m):
-    folder, images, labels = cifar5m
-    first, second = (folder / f"cifar5m_part{i}.npz" for i in (0, 1))
-    np.savez(second, X=images[:30], Y=labels[:29])
-    with pytest.raises(InputError, match=r"cifar5m_part1\.npz is damaged: it holds 30 images and 29 labels"):
-        load_dataset("cifar5m", folder, probed=cifar10)
-    np.savez(second, X=images[:30], Y=labels[:30] + 10)
-    with pytest.raises(InputError, match=r"cifar5m_part1\.npz is damaged: a label is not one of"):
-        load_dataset("cifar5m", folder, probed=cifar10)
-    np.savez(second, X=images[:30].astype(np.uint16), Y=labels[:30])
-    with pytest.raises(InputError, match="X is of shape .* and type uint16"):
-        load_dataset("cifar5m", folder, probed=cifar10)
-    second.rename(folder / "cifar5m_part2.npz")  # of parts 0 and 2, the order is not known
-    with pytest.raises(InputError, match=r"up to cifar5m_part0\.npz, have 25060 images"):
-        load_dataset("cifar5m", folder, subset=25_061, probed=cifar10)
+def test_only_as_much_of_cifar5m_is_needed_as_is_asked_for(cifar10, parts, tmp_path):
+    first, second, third = (tmp_path / f"cifar5m_part{i}.npz" for i in range(3))
+    np.savez(second, X=np.zeros(3), Y=parts[1][100:])
+    assert len(load_dataset("cifar5m", tmp_path, subset=160, probed=cifar10).train) == 160
+    assert f"{second} is damaged" in refusal("cifar5m", tmp_path, subset=161, probed=cifar10)
+    second.rename(third)  # of parts 0 and 2, the order is not known
+    message = refusal("cifar5m", tmp_path, subset=161, probed=cifar10)
+    assert "the 1 parts" in message and "choose a --subset of 1 to 160" in message
     first.unlink()
-    with pytest.raises(InputError, match="no cifar5m_part0.npz"):
-        load_dataset("cifar5m", folder, subset=100, probed=cifar10)
+    for n in (161, None):
+        assert "cifar5m_part0.npz, " in refusal("cifar5m", tmp_path, subset=n, probed=cifar10)
+    balanced = load_dataset("cifar5m", tmp_path, subset=30, probed=cifar10).train
+    assert torch.bincount(balanced.labels).tolist() == [3] * 10
 
 
-def test_what_is_not_cifar5m_is_named(cifar10, tmp_path):
-    with pytest.raises(InputError, match="no cifar5m_part0.npz"):
-        load_dataset("cifar5m", tmp_path, subset=100, probed=cifar10)
-    np.savez(tmp_path / "cifar5m_part0.npz", X=np.zeros((5, 3, 32, 32), np.uint8), Y=np.zeros(5, np.int64))
-    with pytest.raises(InputError, match=r"cifar5m_part0\.npz is damaged or not a part of CIFAR-5M \(X is of shape"):
-        load_dataset("cifar5m", tmp_path, subset=61, probed=cifar10)
-    np.savez(tmp_path / "cifar5m_part0.npz", X=np.zeros((5, 32, 32, 3), np.uint8))
-    with pytest.raises(InputError, match="Y.npy"):
-        load_dataset("cifar5m", tmp_path, subset=61, probed=cifar10)
+def test_a_part_that_is_none_is_named(cifar10, parts, tmp_path):
+    x, y = (array[100:] for array in parts)
+    for said, part in (
+        ("(30, 32, 32, 3), and there are 29 labels", {"X": x, "Y": y[:29]}),
+        ("a label is not one of", {"X": x, "Y": y + 10}),
+        ("a label is not one of", {"X": x, "Y": y + 0.5}),
+        ("Y", {"X": x, "Y": y.astype(str)}),
+        ("of type torch.uint16", {"X": x.astype(np.uint16), "Y": y}),
+        ("shape (30, 3, 32, 32)", {"X": x.transpose(0, 3, 1, 2), "Y": y}),
+        ("Y.npy", {"X": x}),
+    ):
+        np.savez(tmp_path / "cifar5m_part1.npz", **part)
+        message = refusal("cifar5m", tmp_path, probed=cifar10)
+        assert "cifar5m_part1.npz is damaged" in message and said in message
+
+
+def test_whichever_byte_of_a_part_is_changed_it_is_named_or_read_rightly(cifar10, tmp_path):
+    images, labels = np.arange(2 * 3072, dtype=np.uint8).reshape(2, 32, 32, 3), np.array([3, 7])
+    part, refused = tmp_path / "cifar5m_part0.npz", 0
+    np.savez(part, X=images, Y=labels)
+    for i, damaged in enumerate(changed(part.read_bytes(), skip=97)):
+        part.write_bytes(damaged)
+        try:
+            found = load_dataset("cifar5m", tmp_path, probed=cifar10).train
+            np.testing.assert_array_equal(found.images[60:].permute(0, 2, 3, 1), images, str(i))
+            assert found.labels[60:].tolist() == [3, 7], i
+        except InputError as error:
+            assert str(part) in str(error)
+            refused += 1
+    assert refused > 300
 
 
 def test_noise_is_standard_normal_after_normalisation_and_always_the_same(cifar10):
@@ -219,43 +246,162 @@ def test_noise_is_standard_normal_after_normalisation_and_always_the_same(cifar1
     x = normalize(noise.train.images, noise.mean, noise.std)
     assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
     assert abs((x**4).mean() - 3) < 0.1  # not cut off
-    assert noise.test is cifar10.test
+    assert noise.test is cifar10.test and noise.train.labels.unique().tolist() == [-1]
     assert not torch.equal(noise.train.images[0], noise.train.images[1])
 
 
-def test_unlabelled_images_are_resized_once(tmp_path, cifar10, monkeypatch):
-    rng = np.random.default_rng(0)
-
-    class Source(torchvision.datasets.STL10):
-        def __init__(self, root, download=False, split="train"):
-            calls.append(split)
-            self.data, self.labels = rng.integers(0, 256, (12, 3, 96, 96), dtype=np.uint8), np.full(12, -1, np.int8)
-
-    calls = []
-    monkeypatch.setattr(datasets.torchvision.datasets, "STL10", Source)
-    (tmp_path / "stl10_binary").mkdir()
-    (tmp_path / "stl10_binary" / "unlabeled_X.bin").write_bytes(b"stands for the images")
-    first, again = (load_dataset("stl10-unlabelled", tmp_path, probed=cifar10) for _ in range(2))
-    assert calls == ["unlabeled"]
-    assert torch.equal(first.train.images, again.train.images)
-    assert first.train.images.shape == (12, 3, 32, 32)
-    assert first.train.labels.tolist() == [-1] * 12
-    assert first.test is cifar10.test
+@pytest.fixture
+def tree(tmp_path):
+    """train/ and val/ with classes ant and bee: 3 and 2 images each, of several sizes and modes."""
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i).integers(0, 256, (40 + 10 * i, 60, 3), np.uint8)
+                image = Image.fromarray(pixels).convert("L" if i == 2 else "RGB")
+                image.save(tmp_path / split / name / f"{i}.{'PNG' if i else 'jpg'}")
+    return tmp_path
 
 
-def test_whichever_byte_of_a_part_is_changed_the_file_is_named_or_its_rows_are_read(tmp_path):
-    """Of a small one: most of its bytes are the zip's and numpy's headers, each with an exception of its own."""
-    part, rows = tmp_path / "part.npz", np.arange(700) % 10
-    np.savez(part, Y=rows)
-    whole, refused = part.read_bytes(), 0
-    for i in [*range(300), *range(300, len(whole) - 200, 97), *range(len(whole) - 200, len(whole))]:
-        for changed in {whole[i] ^ 255, whole[i] ^ 1, 14}:  # 14: a way of compression
-            part.write_bytes(whole[:i] + bytes([changed]) + whole[i + 1 :])
-            found = np.empty(700, np.int64)
-            try:
-                datasets._read_npz(part, "Y", found)
-                assert (found == rows).all(), i
-            except InputError as error:
-                assert str(part) in str(error)
-                refused += 1
-    assert refused > 300
+def test_folder_is_decoded_once_and_again_when_a_file_changes(tree):
+    said, killed = [], tree / "..rtd-val-32.npz.123.tmp"
+    first, data = (load_dataset("folder", tree, say=said.append) for _ in "12")
+    assert said == [f"decoding the {n} images of {tree / s}" for n, s in ((6, "train"), (4, "val"))]
+    assert data.num_classes == 2 and torch.equal(first.train.images, data.train.images)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    np.testing.assert_allclose(data.mean, (data.train.images.numpy() / 255).mean((0, 2, 3)))
+    image = Image.open(tree / "train" / "bee" / "1.PNG").resize((38, 32), Image.BILINEAR)
+    expected = np.asarray(image.crop((3, 0, 35, 32))).transpose(2, 0, 1)  # the centre
+    np.testing.assert_array_equal(data.train.images[4], expected)
+    killed.touch()  # by a process that was killed while it wrote a cache
+    Image.new("RGB", (32, 32), (255, 0, 0)).save(tree / "val" / "bee" / "0.jpg")
+    again = load_dataset("folder", tree, say=said.append)
+    assert said[2:] == said[1:2] and not killed.exists()  # the split that changed
+    assert again.test.images[2, 0].float().mean() > 240
+    assert torch.equal(again.train.images, first.train.images)
+
+
+def test_a_cache_with_a_pickle_in_it_is_not_opened(tree):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tree / "executed"),)
+
+    load_dataset("folder", tree)
+    with np.load(tree / ".rtd-train-32.npz") as stored:
+        arrays = {name: np.array([Payload()], dtype=object) for name in stored}
+    np.savez(tree / ".rtd-train-32.npz", **arrays)
+    assert len(load_dataset("folder", tree).train) == 6 and not (tree / "executed").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_said(tree, monkeypatch):
+    said = []
+    error = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(os, "replace", Mock(side_effect=error))
+    assert len(load_dataset("folder", tree, say=said.append).train) == 6
+    assert sum("not cached" in line and "Read-only" in line for line in said) == 2
+
+
+def test_what_is_named_like_an_image_and_is_none_is_refused_by_name(tree):
+    path = tree / "train" / "ant" / "x.png"
+    path.symlink_to("nowhere.png")
+    assert str(path) in refusal("folder", tree)
+    path.unlink()
+    path.mkdir()
+    assert str(path) in refusal("folder", tree)
+    path.rmdir()
+    png, bmp, ppm = b"\x89PNG\r\n\x1a\n" + bytes(40), b"BM" + b"\xff" * 60, b"P6 99999 99999 255 "
+    for content in (b"text", png, bmp, ppm, b""):
+        path.write_bytes(content)
+        assert str(path) in refusal("folder", tree)
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(path)
+    assert refusal("folder", tree) == f"{path} has more than 8 bits a channel; convert it to 8"
+
+
+@pytest.mark.parametrize(("owner", "call"), [(Path, "iterdir"), (Image, "open")])
+def test_what_may_not_be_read_is_not_called_damaged(tree, monkeypatch, owner, call):
+    """Root may read everything, so the test cannot take the permission away."""
+    whole, closed = getattr(owner, call), tree / ("val/bee" if owner is Path else "val/bee/0.jpg")
+    denied = Mock(side_effect=DENIED)
+    monkeypatch.setattr(owner, call, lambda path: (denied if path == closed else whole)(path))
+    message = refusal("folder", tree)
+    assert str(closed) in message and "Permission denied" in message and "damaged" not in message
+
+
+def test_other_files_are_counted_and_hidden_ones_ignored(tree):
+    said, ant = [], tree / "train" / "ant"
+    (ant / "inside").mkdir()
+    (ant / ".hidden").mkdir()
+    for name in ("a.gif", "Thumbs.db", "../notes.txt", "inside/b.gif", ".c.png", ".hidden/0.png"):
+        (ant / name).touch()
+    (ant / "linked").symlink_to(tree / "train", target_is_directory=True)  # where it lies
+    assert len(load_dataset("folder", tree, say=said.append).train) == 6
+    assert said[0] == f"5 files that are not images were left out of {tree / 'train'}"
+
+
+def test_images_are_turned_upright(tree):
+    exif, image = Image.Exif(), Image.open(tree / "train" / "bee" / "1.PNG")
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tree / "train" / "ant" / "3.png", exif=exif)
+    image.rotate(-90, expand=True).save(tree / "train" / "ant" / "4.png")
+    images = load_dataset("folder", tree).train.images
+    assert torch.equal(images[3], images[4]) and not torch.equal(images[3], images[6])
+
+
+def test_folder_mistakes_are_named(tree):
+    for split in ("train", "val"):
+        (tree / split / "cat").mkdir()
+        assert f"in the class folder {tree / split / 'cat'}" in refusal("folder", tree)
+        Image.new("RGB", (9, 9)).save(tree / split / "cat" / "0.png")
+    (tree / "val" / "cat").rename(tree / "val" / "dog")
+    assert "train and val do not have the same class folders" in refusal("folder", tree)
+    assert "train and test" in refusal("folder", tree / "train")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """TinyImageNet's layout with two classes: three training images each, four for validation."""
+    root, lines = tmp_path / "tiny-imagenet-200", []
+    shades = {f"val/images/val_{i}.JPEG": n for i, n in enumerate((2, 1, 2, 2))}
+    shades |= {f"train/n0{n}/images/n0{n}_{i}.JPEG": n for i in range(3) for n in (1, 2)}
+    for name, n in shades.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (90 * n, 0, 0)).save(root / name)
+        lines += [f"{Path(name).name}\tn0{n}\t0\t62\n"] if name.startswith("val") else []
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text("n02\nn01\n")
+    (root / "train" / "n01" / "n01_boxes.txt").touch()
+    return root
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_tinyimagenet_is_read_as_it_is_published(tiny, size):
+    before, said = {*tiny.rglob("*")}, []
+    for root in (tiny, tiny.parent):
+        data = load_dataset("tinyimagenet", root, image_size=size, say=said.append)
+        assert data.train.images.shape == (6, 3, size, size)
+        assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert data.test.labels.tolist() == [1, 0, 1, 1] and data.mean == (0.485, 0.456, 0.406)
+        assert (data.test.images[:, 0, 5, 5] > 120).tolist() == [True, False, True, True]
+    made = {path.name for path in {*tiny.rglob("*")} - before}
+    assert made == {f".rtd-train-{size}.npz", f".rtd-val-{size}.npz"}
+    assert [line.split()[0] for line in said] == ["decoding"] * 2  # boxes are not worth a word
+    annotations = tiny / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().replace("val_0.JPEG\tn02", "val_0.JPEG\tn01"))
+    assert load_dataset("tinyimagenet", tiny, image_size=size).test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_what_tinyimagenet_lacks_is_named(tiny):
+    annotations = tiny / "val" / "val_annotations.txt"
+    (tiny / "val" / "images" / "val_2.JPEG").unlink()
+    assert "val_2.JPEG" in refusal("tinyimagenet", tiny)
+    for content in (b"val_0.JPEG n02\n", b""):
+        annotations.write_bytes(content)
+        said = "line 1: expected are a file name, a tab and one of the 2 classes"
+        assert said in refusal("tinyimagenet", tiny)
+    annotations.write_bytes(b"val_0.JPEG\t\xff\xfe")
+    assert f"{annotations} is damaged or not a text file" in refusal("tinyimagenet", tiny)
+    (tiny / "wnids.txt").write_text("n01\nn02\nn03\n")
+    assert "the class n03 is only in one of" in refusal("tinyimagenet", tiny)
+    annotations.unlink()
+    assert f"{annotations} is missing" in refusal("tinyimagenet", tiny)

@@ -16,7 +16,9 @@ def float64_head(generator, **options):
         module = ProjectionHead(12, 20, 6, 40, **options)
     module = init_head_(module.to_empty(device="cpu").double(), generator)
     for parameter in module.parameters():  # biases and larger weights, so that every term shows
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.3)
+        parameter.data.add_(
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.3
+        )
     return module
 
 
@@ -55,7 +57,15 @@ def test_head_equals_numpy(generator):
         np.testing.assert_allclose(module.bottleneck(x), z, rtol=1e-12)
 
 
-FIG_12 = ["-/lb/fn/wn/l/-", "wn/lb/-/wn/l/-", "-/lb/fn/-/l/fn", "-/lb/-/-/l/fn", "-/lb/-/-/l/-", "-/-/-/-/l/fn", "-/-/-/-/l/-"]
+FIG_12 = [
+    "-/lb/fn/wn/l/-",
+    "wn/lb/-/wn/l/-",
+    "-/lb/fn/-/l/fn",
+    "-/lb/-/-/l/fn",
+    "-/lb/-/-/l/-",
+    "-/-/-/-/l/fn",
+    "-/-/-/-/l/-",
+]
 
 
 @pytest.mark.parametrize("slots", [*FIG_12, "-/lb/fn/-/l/-", "wn/l/fn/wn/l/fn"])
@@ -67,12 +77,19 @@ def test_each_bottleneck_equals_numpy_and_is_one_product_from_its_outputs(genera
     assert bottleneck.last_layer.in_features == (20 if slots.split("/")[1] == "-" else 6)
     with torch.no_grad():
         np.testing.assert_allclose(module(x), y, rtol=1e-11)
-        np.testing.assert_allclose(module.bottleneck(x) @ bottleneck.normalized_weight().T, y, rtol=1e-11)
+        np.testing.assert_allclose(
+            module.bottleneck(x) @ bottleneck.normalized_weight().T, y, rtol=1e-11
+        )
 
 
 @pytest.mark.parametrize(
     ("slots", "match"),
-    [("-/lb/fn", "give wn1/lin1"), ("-/lb/fn/wn/lb/-", "give wn1/lin1"), ("wn/-/-/-/l/-", "lin1 is -"), ("", "give wn1/lin1")],
+    [
+        ("-/lb/fn", "give wn1/lin1"),
+        ("-/lb/fn/wn/lb/-", "give wn1/lin1"),
+        ("wn/-/-/-/l/-", "lin1 is -"),
+        ("", "give wn1/lin1"),
+    ],
 )
 def test_wrong_slots_are_refused(slots, match):
     with pytest.raises(InputError, match=match):
@@ -87,7 +104,10 @@ def test_outputs_are_cosines_and_the_norm_of_v_does_not_matter(generator):
         assert before.abs().max() <= 1 + 1e-12
         module.l2_bottleneck.last_layer.weight.mul_(7)
         torch.testing.assert_close(module(x), before)
-        torch.testing.assert_close(module.l2_bottleneck.normalized_weight().norm(dim=1), torch.ones(40, dtype=torch.float64))
+        torch.testing.assert_close(
+            module.l2_bottleneck.normalized_weight().norm(dim=1),
+            torch.ones(40, dtype=torch.float64),
+        )
 
 
 def test_weight_norm_takes_part_in_the_gradient(generator):

@@ -23,7 +23,7 @@ def numpy_losses(s, t):
 
 
 def logits(generator, kl, batch=8):
-    """Teacher logits as of cosines (deviation 1/16), and student logits at about the given KL from them, in float64."""
+    """Teacher logits as of cosines (deviation 1/16), and a student's at about the given KL."""
     t = torch.randn(batch, M, generator=generator, dtype=torch.float64) / 16
     d = torch.randn(batch, M, generator=generator, dtype=torch.float64) * (2 * kl) ** 0.5
     return t + d, t
@@ -33,7 +33,9 @@ def logits(generator, kl, batch=8):
 def test_float32_kl_agrees_with_float64(generator, kl):
     s, t = (x.float() for x in logits(generator, kl))  # the same float32 numbers go both ways
     expected = numpy_losses(s, t)
-    rtol = 5e-7 if kl < 1 else 2e-5  # near-uniform outputs, the case here, are exact to the last bit of 11.09
+    rtol = (
+        5e-7 if kl < 1 else 2e-5
+    )  # near-uniform outputs, the case here, are exact to the last bit of 11.09
     np.testing.assert_allclose(losses.kl_divergence(s, t), expected["kl"], rtol=2e-4)
     np.testing.assert_allclose(losses.cross_entropy(s, t), expected["ce"], rtol=rtol)
     np.testing.assert_allclose(losses.entropy(t), expected["ht"], rtol=rtol)
@@ -41,7 +43,7 @@ def test_float32_kl_agrees_with_float64(generator, kl):
 
 
 def test_the_difference_of_cross_entropy_and_entropy_would_lose_a_small_kl(generator):
-    """Why kl_divergence is written as it is: the textbook difference is off by 100 % where KL is 1e-7."""
+    """Why kl_divergence is as it is: where KL is 1e-7, the textbook's difference is all wrong."""
     s, t = (x.float() for x in logits(generator, 1e-7))
     expected = numpy_losses(s, t)["kl"]
     naive = (losses.cross_entropy(s, t) - losses.entropy(t)).double().numpy()
@@ -57,7 +59,9 @@ def test_kl_of_equal_logits_is_exactly_zero_and_never_negative(generator):
 
 def test_shifting_all_logits_changes_nothing(generator):
     s, t = logits(generator, 1e-3, batch=2)
-    torch.testing.assert_close(losses.kl_divergence(s + 3, t - 5), losses.kl_divergence(s, t), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        losses.kl_divergence(s + 3, t - 5), losses.kl_divergence(s, t), rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("loss", [losses.cross_entropy, losses.kl_divergence])
@@ -79,13 +83,17 @@ def test_phi_is_smooth_across_the_switch_from_its_series():
     x = torch.tensor([-30.0, -1.0, -0.0501, -0.0499, -1e-3, 0.0, 1e-6, 0.0499, 0.0501, 2.0])
     exact = np.expm1(x.double().numpy()) - x.double().numpy()
     # float64 itself cancels for the smallest: x^2 / 2 is exact to 1e-6 there
-    exact = np.where(np.abs(x.numpy()) < 1e-4, x.double().numpy() ** 2 / 2 * (1 + x.double().numpy() / 3), exact)
+    exact = np.where(
+        np.abs(x.numpy()) < 1e-4, x.double().numpy() ** 2 / 2 * (1 + x.double().numpy() / 3), exact
+    )
     np.testing.assert_allclose(losses.exp_minus_one_minus(x), exact, rtol=1e-5, atol=0)
 
 
 def test_mean_squared_error(generator):
     s, t = torch.randn(2, 3, 50, generator=generator)
-    np.testing.assert_allclose(losses.mean_squared_error(s, t), ((s - t).numpy() ** 2).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.mean_squared_error(s, t), ((s - t).numpy() ** 2).mean(1), rtol=1e-5
+    )
 
 
 def test_kl_of_distributions_far_apart_is_finite_and_right():

@@ -5,8 +5,16 @@ import torch
 from torch import nn
 
 from rtd.errors import InputError
-from rtd.init import init_encoder_, init_network_
-from rtd.models import ENCODERS, NORMS, build_encoder, build_network, embedding_dim, materialize, parameter_count
+from rtd.init import init_encoder_, init_head_
+from rtd.models import (
+    ENCODERS,
+    NORMS,
+    Network,
+    build_encoder,
+    build_network,
+    embedding_dim,
+    parameter_count,
+)
 
 COUNTS = {
     "vgg11": 9_220_480,
@@ -18,12 +26,30 @@ COUNTS = {
     "resnet50": 23_500_352,
     "resnet20": 271_824,
     "resnet56": 855_120,
-    "vit-tiny": 5_379_264,  # these of 8x8 patches and untied blocks, not the table's (see rtd.models)
+    "vit-tiny": 5_379_264,  # these have 8x8 patches and untied blocks, unlike the table's
     "vit-small": 21_375_360,
     "vit-medium": 37_937_664,
     "vit-base": 85_218_048,
 }
-DIMENSIONS = {"resnet50": 2048, "resnet20": 64, "resnet56": 64, "vit-tiny": 192, "vit-small": 384, "vit-base": 768}
+DIMENSIONS = {
+    "resnet50": 2048,
+    "resnet20": 64,
+    "resnet56": 64,
+    "vit-tiny": 192,
+    "vit-small": 384,
+    "vit-base": 768,
+}
+
+
+def initialised(module, generator):
+    """A module without values, an encoder or a network, with random ones and in eval mode."""
+    module = module.to_empty(device="cpu")
+    if isinstance(module, Network):
+        init_encoder_(module.encoder, generator)
+        init_head_(module.head, generator)
+    else:
+        init_encoder_(module, generator)
+    return module.eval()
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -33,7 +59,7 @@ def test_parameter_count_is_table_5s(name):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_embedding_has_its_width_and_depends_on_the_image(name, generator):
-    network = init_network_(materialize(build_network(name, out_dim=16)), generator).eval()
+    network = initialised(build_network(name, out_dim=16), generator)
     images = torch.randn(3, 3, 32, 32, generator=generator)
     with torch.no_grad():
         features = network.encoder(images)
@@ -62,7 +88,9 @@ def test_resnet18_has_the_cifar_stem():
     assert encoder.conv1.kernel_size == (3, 3)
     assert encoder.conv1.stride == (1, 1)
     features = {}
-    encoder.layer1.register_forward_hook(lambda module, inputs, output: features.update(size=output.shape[2:]))
+    encoder.layer1.register_forward_hook(
+        lambda module, inputs, output: features.update(size=output.shape[2:])
+    )
     encoder(torch.empty(2, 3, 32, 32, device="meta"))
     assert features["size"] == (32, 32)  # no pooling before the first stage
 
@@ -70,7 +98,7 @@ def test_resnet18_has_the_cifar_stem():
 @pytest.mark.parametrize("encoder", ["vgg11", "resnet18", "resnet20"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_norm_layers_stand_behind_each_convolution_and_normalise(encoder, norm, generator):
-    network = init_encoder_(materialize(build_encoder(encoder, norm)), generator).eval()
+    network = initialised(build_encoder(encoder, norm), generator)
     norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     assert len(norms) == (0 if norm == "none" else len(convolutions))
@@ -82,7 +110,9 @@ def test_norm_layers_stand_behind_each_convolution_and_normalise(encoder, norm, 
             size = {"instance": 1, "group8": 8, "layer": channels}[norm]
             x = torch.randn(2, channels, 5, 5, generator=generator)
             grouped = x.view(2, channels // size, size * 25)
-            expected = (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+            expected = (grouped - grouped.mean(2, keepdim=True)) / (
+                grouped.var(2, keepdim=True, correction=0) + 1e-5
+            ).sqrt()
             torch.testing.assert_close(layer(x), expected.view_as(x), rtol=1e-3, atol=1e-5)
 
 
@@ -93,7 +123,7 @@ def test_other_norms_of_vgg_stand_between_convolution_and_relu():
 
 
 def test_vit_has_patches_of_8_pixels_and_takes_other_sizes(generator):
-    encoder = init_encoder_(materialize(build_encoder("vit-tiny", image_size=64)), generator).eval()
+    encoder = initialised(build_encoder("vit-tiny", image_size=64), generator)
     assert encoder.encoder.pos_embedding.shape == (1, 64 + 1, 192)
     assert len(encoder.encoder.layers) == 12
     with torch.no_grad():
@@ -102,7 +132,10 @@ def test_vit_has_patches_of_8_pixels_and_takes_other_sizes(generator):
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"norm": "batch"}, "--norm batch: vit-tiny has layer norms"), ({"image_size": 36}, "choose a multiple of 8")],
+    [
+        ({"norm": "batch"}, "--norm batch: vit-tiny has layer norms"),
+        ({"image_size": 36}, "choose a multiple of 8"),
+    ],
 )
 def test_what_a_vit_cannot_be_is_refused(options, match):
     with pytest.raises(InputError, match=match):

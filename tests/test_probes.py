@@ -1,54 +1,83 @@
 """Probes against brute force and scikit-learn, and the protocol's fine print."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from rtd import probes
 from rtd.data import Dataset, Split, normalize
-from rtd.datasets import load_digits
 from rtd.errors import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+KNN = {"scikit-learn": probes.knn_probe, "torch": probes.knn_probe_torch}
 
 
 def clusters(generator, n=600, dim=20, classes=4, spread=0.5):
-    """Gaussian clusters: ((train_x, train_y), (test_x, test_y))."""
+    """Gaussian clusters as the probes take them: train_x, train_y, test_x, test_y."""
     centres = torch.randn(classes, dim, generator=generator)
     labels = torch.arange(2 * n) % classes
     x = centres[labels] + spread * torch.randn(2 * n, dim, generator=generator)
-    return (x[:n], labels[:n]), (x[n:], labels[n:])
+    return x[:n], labels[:n], x[n:], labels[n:]
 
 
-def test_knn_equals_brute_force(generator):
-    (train_x, train_y), (test_x, test_y) = clusters(generator, n=200, spread=2.0)
+@pytest.mark.parametrize("knn", KNN.values(), ids=KNN)
+def test_knn_equals_brute_force(generator, knn):
+    train_x, train_y, test_x, test_y = clusters(generator, n=200, spread=2.0)
+    differences = test_x.double().numpy()[:, None] - train_x.double().numpy()[None]
+    order = np.argsort((differences**2).sum(2), axis=1)
     for k in (1, 5, 20, 200):
-        distances = ((test_x.double().numpy()[:, None] - train_x.double().numpy()[None]) ** 2).sum(2)
-        votes = train_y.numpy()[np.argsort(distances, axis=1)[:, :k]]
+        votes = train_y.numpy()[order[:, :k]]
         predicted = np.array([np.bincount(row, minlength=4).argmax() for row in votes])
-        assert probes.knn_probe(train_x, train_y, test_x, test_y, k) == pytest.approx(100 * (predicted == test_y.numpy()).mean())
+        expected = 100 * (predicted == test_y.numpy()).mean()
+        assert knn(train_x, train_y, test_x, test_y, k) == pytest.approx(expected)
 
 
-def test_knn_does_not_normalise(generator):
-    """Two classes that differ in length alone: Euclidean neighbours tell them apart, cosine ones could not."""
-    direction = torch.ones(1, 8)
-    x = torch.cat([direction * s for s in torch.linspace(1, 2, 50)] + [direction * s for s in torch.linspace(5, 6, 50)])
+@pytest.mark.parametrize("knn", KNN.values(), ids=KNN)
+def test_knn_does_not_normalise(knn):
+    """Two classes differ in length alone: Euclidean neighbours tell them apart, cosine's cannot."""
+    x = torch.cat([torch.linspace(1, 2, 50), torch.linspace(5, 6, 50)])[:, None] * torch.ones(8)
     y = torch.arange(100) // 50
-    assert probes.knn_probe(x, y, x, y, k=5) == 100
+    assert knn(x, y, x, y, k=5) == 100
+
+
+@pytest.mark.parametrize("offset", [0, 30, 1000])
+@pytest.mark.parametrize("k", [1, 4, 20])
+def test_knn_by_torch_has_exactly_the_accuracy_of_scikit_learn(generator, monkeypatch, offset, k):
+    """Also with many classes and even k, where votes are tied, and far from the origin."""
+    monkeypatch.setattr(probes, "DISTANCES", 64 * 900)  # several chunks, the last of them smaller
+    train_x, train_y, test_x, test_y = clusters(generator, 900, 100, classes=30, spread=3.0)
+    data = train_x + offset, train_y, test_x + offset, test_y
+    assert probes.knn_probe_torch(*data, k) == probes.knn_probe(*data, k)
+
+
+def test_knn_by_torch_agrees_with_scikit_learn_on_duplicates_and_digits(generator):
+    """Each training point is there five times, so that a fifth of the votes are at distance 0."""
+    train_x, train_y, *_ = clusters(generator, 200, 10, spread=2.0)
+    twins = train_x.repeat(5, 1) + 30, train_y.repeat(5), train_x + 30, train_y
+    assert probes.knn_probe_torch(*twins, k=5) == probes.knn_probe(*twins, k=5) == 100
+    assert probes.knn_probe_torch(*twins, k=20) == probes.knn_probe(*twins, k=20) < 100
+    digits = load_digits()
+    x, y = torch.tensor(digits.data).float(), torch.tensor(digits.target)
+    splits = x[:1300], y[:1300], x[1300:], y[1300:]
+    assert probes.knn_probe_torch(*splits) == probes.knn_probe(*splits)
 
 
 @pytest.mark.parametrize("k", [0, 601])
 def test_k_outside_the_data_is_refused(generator, k):
-    (train_x, train_y), (test_x, test_y) = clusters(generator)
     with pytest.raises(InputError, match="--k"):
-        probes.knn_probe(train_x, train_y, test_x, test_y, k)
+        probes.knn_probe(*clusters(generator), k)
 
 
 def test_linear_probe_agrees_with_logistic_regression_on_separable_data(generator):
-    (train_x, train_y), (test_x, test_y) = clusters(generator, n=3000, spread=0.9)
-    reference = 100 * LogisticRegression(max_iter=1000).fit(train_x, train_y).score(test_x, test_y)
+    train_x, train_y, test_x, test_y = clusters(generator, n=3000, spread=0.9)
+    oracle = LogisticRegression(max_iter=1000).fit(train_x, train_y)
+    reference = 100 * oracle.score(test_x, test_y)
     found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=100)
     assert reference > 90
     assert found == pytest.approx(reference, abs=1.0)
@@ -56,7 +85,7 @@ def test_linear_probe_agrees_with_logistic_regression_on_separable_data(generato
 
 def test_linear_probe_is_torchs_linear_layer_under_adamw(generator, monkeypatch):
     """The same steps through nn.Linear and torch's default AdamW, from the same draws."""
-    (train_x, train_y), (test_x, test_y) = clusters(generator, n=300, spread=2.0)
+    train_x, train_y, test_x, test_y = clusters(generator, n=300, spread=2.0)
     draws = torch.Generator().manual_seed(5)
     layer = nn.Linear(20, 4, device="meta").to_empty(device="cpu")
     for parameter in layer.parameters():
@@ -68,17 +97,22 @@ def test_linear_probe_is_torchs_linear_layer_under_adamw(generator, monkeypatch)
             nn.functional.cross_entropy(layer(train_x[batch]), train_y[batch]).backward()
             optimizer.step()
     trained, plain = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda layer, **options: trained.extend(layer) or plain(layer, **options))
-    found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, torch.Generator().manual_seed(5), epochs=30)
+    monkeypatch.setattr(
+        torch.optim,
+        "AdamW",
+        lambda layer, **options: trained.extend(layer) or plain(layer, **options),
+    )
+    generator = torch.Generator().manual_seed(5)
+    found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=30)
     for ours, expected in zip(trained, layer.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    assert found == pytest.approx(100 * (layer(test_x).argmax(1) == test_y).float().mean().item())
+    hits = (layer(test_x).argmax(1) == test_y).float()
+    assert found == pytest.approx(100 * hits.mean().item())
 
 
 def test_linear_probe_trains_even_where_gradients_are_off(generator):
-    (train_x, train_y), (test_x, test_y) = clusters(generator)
     with torch.no_grad():
-        assert probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=40) > 80
+        assert probes.linear_probe(*clusters(generator), 4, generator, epochs=40) > 80
 
 
 class Halves(nn.Module):
@@ -98,8 +132,17 @@ def test_features_are_extracted_in_eval_mode_and_the_mode_is_restored(generator)
     assert not features.requires_grad
 
 
+def test_float_images_are_taken_as_normalised_unless_they_look_like_pixels(generator):
+    noise = torch.randn(10, 3, 4, 4, generator=generator)
+    features = probes.extract_features(Halves().eval(), noise, MEAN, STD)
+    torch.testing.assert_close(features, noise.mean((2, 3)))
+    for pixels in (torch.rand(10, 3, 4, 4, generator=generator), 255 * noise.abs()):
+        with pytest.raises(ValueError, match="normalised"):
+            probes.extract_features(Halves(), pixels, MEAN, STD)
+
+
 def test_probing_depends_on_seed_and_name_alone(generator):
-    (train_x, train_y), (test_x, test_y) = clusters(generator, spread=2.5)
+    train_x, train_y, test_x, test_y = clusters(generator, spread=2.5)
     data = Dataset("made", Split(train_x, train_y), Split(test_x, test_y), 4, MEAN, STD)
 
     def linear(**options):
@@ -110,28 +153,23 @@ def test_probing_depends_on_seed_and_name_alone(generator):
     assert len(others) > 3
 
 
-def test_standardize_uses_the_training_split_alone(generator):
-    train_x, test_x = 3 + 2 * torch.randn(500, 4, generator=generator), torch.randn(50, 4, generator=generator)
-    a, b = probes.standardize(train_x, test_x)
-    torch.testing.assert_close(a.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(a.std(0), torch.ones(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(b, (test_x - train_x.mean(0)) / train_x.std(0))
+def test_features_that_are_not_finite_give_nan(generator):
+    train_x, train_y, test_x, test_y = clusters(generator)
+    data = Dataset("made", Split(train_x, train_y), Split(test_x, test_y), 4, MEAN, STD)
+    for value in (math.nan, math.inf):
+        test_x[3, 5] = value
+        found = probes.probe(train_x, test_x, data)
+        assert set(found) == {"linear", "knn"} and all(map(math.isnan, found.values()))
 
 
-def test_standardize_leaves_dimensions_that_do_not_vary(generator):
-    train_x = torch.stack([torch.full((100,), 0.1), torch.randn(100, generator=generator), torch.zeros(100)], 1)
-    a, b = probes.standardize(train_x, train_x[:10] + 1e-4)
-    assert a.abs().max() < 10 and b.abs().max() < 10
-
-
-def test_input_baseline_is_the_pixels(generator):
-    data = load_digits(32)
-    from sklearn.neighbors import KNeighborsClassifier
-
-    def flat(split):
-        mean, std = (np.array(x).reshape(3, 1, 1) for x in (data.mean, data.std))
-        return ((split.images.numpy() / 255 - mean) / std).reshape(len(split), -1)
-
-    expected = KNeighborsClassifier(20).fit(flat(data.train), data.train.labels).score(flat(data.test), data.test.labels)
-    found = probes.probe_input(data, probes=("knn",))
-    assert found == {"knn": pytest.approx(100 * expected, abs=0.3)}  # float32 against float64 may break a tie
+def test_the_input_baseline_sees_the_normalised_pixels():
+    digits = load_digits()
+    images = torch.tensor(digits.images * 15).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    x, y = probes.flat_pixels(images, MEAN, STD), torch.tensor(digits.target)
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
+    plain = ((images.numpy() / 255 - mean) / std).reshape(len(x), -1)
+    np.testing.assert_allclose(x, plain, rtol=1e-5, atol=1e-6)
+    oracle = KNeighborsClassifier(20).fit(plain[:1300], y[:1300])
+    expected = 100 * oracle.score(plain[1300:], y[1300:])
+    found = probes.knn_probe(x[:1300], y[:1300], x[1300:], y[1300:])
+    assert found == pytest.approx(expected, abs=0.5)  # float32 may break a tie otherwise

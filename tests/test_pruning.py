@@ -1,15 +1,16 @@
-"""Masks: exactly as many as asked for, the smallest, for good; pruned weights stay 0 whatever the optimizer does."""
+"""Masks prune exactly as many as asked for, the smallest, for good; pruned weights stay 0."""
 
 import time
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from rtd.classifier import empty_classifier
 from rtd.init import init_encoder_
-from rtd.models import materialize, parameter_count
+from rtd.models import build_encoder, embedding_dim, materialize, parameter_count
 from rtd.pruning import Masking, dense_masks, kept_after, prunable, prune_smallest, remaining
 
 
@@ -17,15 +18,23 @@ def some_weights(generator, sizes=((7, 3, 2), (11,), (5, 5))):
     return {f"w{i}": torch.randn(size, generator=generator) for i, size in enumerate(sizes)}
 
 
+def classifier(name):
+    """A linear layer on an encoder, without values."""
+    encoder = build_encoder(name)
+    fc = nn.Linear(embedding_dim(encoder), 10, device="meta")
+    return nn.Sequential(OrderedDict(encoder=encoder, fc=fc))
+
+
 def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
 def test_what_may_be_pruned():
-    model = empty_classifier({"encoder": "resnet18"}, 10)
+    model = classifier("resnet18")
     weights = prunable(model, "weights")
-    assert all(name.endswith(".weight") and weight.ndim in (2, 4) for name, weight in weights.items())
-    assert sum(w.numel() for w in weights.values()) == 11_168_832 + 512 * 10 - 2 * 4_800  # without 4,800 gains and as many biases
+    assert all(name.endswith(".weight") and w.ndim in (2, 4) for name, w in weights.items())
+    gains = 4_800  # and as many biases
+    assert sum(w.numel() for w in weights.values()) == 11_168_832 + 512 * 10 - 2 * gains
     assert "fc.weight" in weights and "encoder.conv1.weight" in weights
     everything = prunable(model, "all")
     assert sum(w.numel() for w in everything.values()) == parameter_count(model)
@@ -34,22 +43,22 @@ def test_what_may_be_pruned():
 
 
 def test_of_a_vit_query_key_and_value_may_be_pruned_too():
-    model = empty_classifier({"encoder": "vit-tiny"}, 10)
+    model = classifier("vit-tiny")
     names = prunable(model)
     assert sum(name.endswith("in_proj_weight") for name in names) == 12
-    others = {name: p for name, p in model.named_parameters() if name not in names}
-    assert {name for name, p in others.items() if p.ndim > 1} == {"encoder.class_token", "encoder.encoder.pos_embedding"}
+    others = {k for k, p in model.named_parameters() if k not in names and p.ndim > 1}
+    assert others == {"encoder.class_token", "encoder.encoder.pos_embedding"}
     assert all(weight is model.get_parameter(name) for name, weight in names.items())
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.1, 0.37])
 def test_after_r_rounds_the_pruned_fraction_is_the_papers(generator, fraction):
-    """p_r as the sum of section 6, in exact arithmetic up to one weight; the kept ones are the largest, and masks only shrink."""
+    """p_r is the sum of section 6 up to one weight; the largest stay, and masks only shrink."""
     weights = some_weights(generator, ((101, 7), (333,)))
     masks, total, pruned = dense_masks(weights), 1040, 0.0
     for r in range(1, 15):
         before = masks
-        weights = {name: torch.randn(w.shape, generator=generator) for name, w in weights.items()}  # "trained" anew
+        weights = some_weights(generator, ((101, 7), (333,)))  # "trained" anew
         masks = prune_smallest(before, weights, remaining(before) - kept_after(total, fraction, r))
         pruned += (1 - fraction) ** (r - 1) * fraction
         assert abs(total - remaining(masks) - pruned * total) <= 1
@@ -60,7 +69,8 @@ def test_after_r_rounds_the_pruned_fraction_is_the_papers(generator, fraction):
 
 
 def test_ties_prune_no_more_than_asked():
-    masks = prune_smallest({"w": torch.ones(10, dtype=torch.bool)}, {"w": torch.tensor([1.0, -1] * 5)}, 2)
+    weights = {"w": torch.tensor([1.0, -1] * 5)}
+    masks = prune_smallest(dense_masks(weights), weights, 2)
     assert masks["w"].tolist() == [False] * 2 + [True] * 8
     weights = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
     masks = prune_smallest(dense_masks(weights), weights, 4)
@@ -69,9 +79,10 @@ def test_ties_prune_no_more_than_asked():
 
 
 def test_pruned_weights_are_not_counted_again():
-    masks, weights = {"w": torch.tensor([False, True, True, True])}, {"w": torch.tensor([0.0, 3.0, -2.0, 1.0])}
+    masks = {"w": torch.tensor([False, True, True, True])}
+    weights = {"w": torch.tensor([0.0, 3.0, -2.0, 1.0])}
     assert prune_smallest(masks, weights, 1)["w"].tolist() == [False, True, True, False]
-    assert masks["w"].tolist() == [False, True, True, True]  # what came in is left alone
+    assert masks["w"].tolist() == [False, True, True, True]  # the argument is left alone
 
 
 def test_more_than_is_left_is_refused(generator):
@@ -87,13 +98,14 @@ def test_more_than_is_left_is_refused(generator):
 
 def test_masks_that_do_not_fit_are_refused(generator):
     weights = some_weights(generator)
-    for masks in ({"w0": torch.ones(7, 3, 2)}, dense_masks(weights) | {"w1": torch.ones(12, dtype=torch.bool)}):
+    longer = dense_masks(weights) | {"w1": torch.ones(12, dtype=torch.bool)}
+    for masks in ({"w0": torch.ones(7, 3, 2)}, longer):
         with pytest.raises(ValueError, match="fit"):
             Masking(weights, masks)
 
 
 def small_network(generator):
-    model = materialize(empty_classifier({"encoder": "resnet20"}, 10))
+    model = materialize(classifier("resnet20"))
     init_encoder_(model, generator)
     weights = prunable(model)
     masks = prune_smallest(dense_masks(weights), weights, 100_000)
@@ -103,9 +115,10 @@ def small_network(generator):
 def test_pruned_weights_are_zero_after_every_step_with_momentum_and_decay(generator):
     model, weights, masks = small_network(generator)
     start = {name: weight.detach().clone() for name, weight in weights.items()}
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=True)
+    options = {"momentum": 0.9, "weight_decay": 1e-4, "fused": True}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, **options)
     loss(model, generator, 8).backward()
-    optimizer.step()  # a dense step leaves momentum in all weights, as rewinding to a later epoch does
+    optimizer.step()  # leaves momentum in all weights, as rewinding to a later epoch does
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(start[name])
@@ -116,10 +129,10 @@ def test_pruned_weights_are_zero_after_every_step_with_momentum_and_decay(genera
         optimizer.zero_grad()
         loss(model, generator, 8).backward()
         optimizer.step()
-        assert any((weight[~masks[name]] != 0).any() for name, weight in weights.items())  # the step does move them
+        assert any((w[~masks[name]] != 0).any() for name, w in weights.items())  # it moves them
         masking()
-        assert all((weight[~masks[name]] == 0).all() for name, weight in weights.items())
-        assert all((weight[masks[name]] != 0).any() for name, weight in weights.items())
+        assert all((w[~masks[name]] == 0).all() for name, w in weights.items())
+        assert all((w[masks[name]] != 0).any() for name, w in weights.items())
 
 
 def loss(model, generator, n):

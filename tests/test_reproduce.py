@@ -1,0 +1,80 @@
+"""results/reproduce.py: its commands are real, a row runs and is collected, pages are current."""
+
+import csv
+import importlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "results/README.md")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository, in which rows may run and pages be written."""
+    skipped = shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "*.egg-info")
+    return shutil.copytree(ROOT, tmp_path / "clone", ignore=skipped)
+
+
+def reproduce(folder, *flags):
+    call = [sys.executable, "results/reproduce.py", *flags]
+    done = subprocess.run(call, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_pages_are_current(clone):
+    reproduce(clone, "--page")
+    for page in PAGES:
+        assert (clone / page).read_text() == (ROOT / page).read_text(), "run reproduce.py --page"
+
+
+def test_every_table_and_figure_has_a_row_with_claim_and_verdict():
+    figures = (1, 3, 4, 5, *range(8, 19))
+    names = [f"Table {i}" for i in range(1, 6)] + [f"Fig. {i}" for i in figures]
+    sections = re.split(r"(?m)^## ", (ROOT / PAGES[1]).read_text())[1:]
+    assert [section.partition(":")[0] for section in sections][: len(names)] == names
+    for section in sections:
+        claim, verdict = (
+            re.search(rf"\*\*{s}\.\*\* (.*)", section)[1] for s in ("Claim", "Verdict")
+        )
+        assert claim.endswith(".") and verdict.endswith(".") and "{" not in claim + verdict
+
+
+def test_what_the_pages_link_to_is_there():
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
+        local = [link for link in links if "://" not in link]
+        assert local and all(((ROOT / page).parent / link).exists() for link in local)
+
+
+@pytest.mark.parametrize("script", ["distill", "probe", "imp", "lmc", "landscape"])
+def test_each_command_is_one_that_its_script_takes(script):
+    found = re.findall(rf"(?m)^python run_{script}\.py (.*)$", (ROOT / PAGES[1]).read_text())
+    for flags in found:
+        importlib.import_module(f"run_{script}").parse_args(flags.split())
+    assert found
+
+
+def test_a_row_runs_resumes_and_can_be_taken_over(clone):
+    row = ("fig10", "--scale", "toy", "--device", "cpu")
+    reproduce(clone, *row)
+    logs = sorted(clone.glob("results/fig10/toy/sweep/outdim16-seed*/log.csv"))
+    assert len(logs) == 2 and all((log.parent / "config.json").exists() for log in logs)
+    rows = [list(csv.DictReader(log.read_text().splitlines())) for log in logs]
+    last = [float(row[-1]["student_linear"]) for row in rows]
+    mean, std = statistics.mean(last), statistics.stdev(last)
+    page = (clone / PAGES[1]).read_text()
+    assert f"| 16 outputs |  | {mean:.1f} ± {std:{'.1f' if std >= 1 else '.2f'}} | " in page
+    before = {log: log.read_text() for log in logs}
+    reproduce(clone, *row)  # without --resume the scripts would refuse
+    assert {log: log.read_text() for log in logs} == before
+    shutil.rmtree(clone / "results/fig10/toy")
+    reproduce(clone, *row, "--collect", "runs/reproduce/fig10-toy")
+    assert {log: log.read_text() for log in logs} == before
+    assert (clone / PAGES[1]).read_text() == page

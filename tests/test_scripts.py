@@ -1,0 +1,795 @@
+"""What each script computes and writes, checked against formulas of these tests' own."""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import platform
+import re
+import runpy
+import shutil
+import signal
+import statistics
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    CASES,
+    DATA,
+    PLANE,
+    ROOT,
+    SCRIPTS,
+    SUPERVISED,
+    TINY,
+    cells,
+    difference,
+    image_folder,
+    one_sentence,
+    state,
+    table,
+)
+from PIL import Image
+
+import rtd
+from rtd import models, probes
+
+COLUMNS = {
+    "distill/log.csv": "epoch,step,loss,kl,teacher_entropy,student_entropy,distance_encoder,"
+    "distance_head,distance_total,student_linear,student_knn,teacher_linear,teacher_knn,"
+    "input_linear,input_knn,images_per_second,seconds",
+    "sweep/summary.csv": "alpha,quantity,epoch,mean,std,n",
+    "imp/imp.csv": "init,rewind_epoch,round,sparsity,remaining_parameters,test_accuracy,"
+    "test_accuracy_best,epochs,seconds",
+    "lmc/lmc.csv": "init,i,j,gamma,bn,train_error,test_error,train_loss,test_loss",
+    "lmc/barriers.csv": "init,bn,statistic,i,j,train_barrier,test_barrier",
+    "landscape/landscape.csv": "i,j,x,y,train_kl,train_ce,train_mse,train_student_entropy,test_kl,"
+    "test_ce,test_mse,test_student_entropy,linear,knn,norm_encoder,norm_head,norm_total",
+    "landscape/points.csv": "name,x,y",
+}
+DATA_FLAGS = "data-dir download test-subset image-size dataset subset"
+DEVICE = "device precision deterministic"
+OUTPUT = f"out resume overwrite no-plot {DEVICE} {DATA_FLAGS} seed batch-size"
+PROBES = "probe k probe-epochs"
+TRAINING = f"init encoder epochs lr save-every {OUTPUT}"
+FLAGS = {
+    "distill": f"probe-dataset probe-subset encoder norm out-dim bottleneck-dim head-hidden "
+    "bottleneck no-weight-norm alpha teacher ema epochs epochs-of lr weight-decay bias-decay loss "
+    "beta teacher-temperature student-temperature fp32-steps compile probe-every log-every "
+    f"save-every {PROBES} {OUTPUT}",
+    "probe": f"network seed out overwrite {PROBES} {DEVICE} {DATA_FLAGS}",
+    "imp": f"rounds prune-fraction rewind-epoch prune {TRAINING}",
+    "lmc": f"runs points bn-statistics bn-batches line-subset {TRAINING}",
+    "landscape": f"origin x-axis y-axis plane x-range y-range encoder-only bn-statistics plot-only "
+    f"{PROBES} {OUTPUT}",
+}
+ADDED = {name: {"plot-format"} for name in ("distill", "lmc", "landscape")}
+ADDED |= {"imp": {"plot-format", "control"}, "probe": set()}
+GONE = {"surface", "center", "standardize"}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_of_the_tables(finished, name):
+    folder, _, file = name.partition("/")
+    columns = COLUMNS[name]
+    found = (finished[folder] / file).read_text().split("\n")[0].replace(",control", "")
+    assert ",".join(sorted(found.split(","))) == ",".join(sorted(columns.split(",")))
+
+
+@pytest.mark.parametrize("name", ["distill", "imp", "lmc", "landscape"])
+def test_config_says_how_to_make_the_run_again(finished, name):
+    config = json.loads((finished[name] / "config.json").read_text())
+    assert f"run_{name}.py --subset 40" in config["command"] or "--origin" in config["command"]
+    assert config["flags"]["test_subset"] == 30 and config["flags"]["seed"] == 0
+    assert torch.__version__.startswith(config["versions"]["torch"])
+    assert {"commit", "device", "started"} <= config.keys()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_help_and_help_is_shown(script, monkeypatch, name):
+    result = script(name, "--help")
+    assert result.code == 0 and result.err == "" and "python run_" in result.out
+    parsers = []
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "parse_known_args", lambda p, *_: parsers.append(p)
+    )
+    with pytest.raises(TypeError):  # None is no pair: parsing stops here
+        runpy.run_path(str(ROOT / f"run_{name}.py"), run_name="__main__")
+    actions = {a.option_strings[-1][2:]: a for a in parsers[0]._actions if a.option_strings}
+    assert [flag for flag, action in actions.items() if not action.help] == []
+    assert set(FLAGS[name].split()) <= set(actions)
+    for flag in FLAGS[name].split():
+        assert f"--{flag}" in result.out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_list_of_flags_is_frozen(script, name):
+    found = set(re.findall(r"^ +(?:-h, )?--([a-z0-9-]+)", script(name, "--help").out, re.MULTILINE))
+    assert found - {"help"} == set(FLAGS[name].split()) | ADDED[name]
+
+
+# run_distill.py
+
+
+def weights(states):
+    """The learnable entries of a state dict as one vector, in float64."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return torch.cat([v.double().flatten() for k, v in states.items() if not k.endswith(buffers)])
+
+
+class Step(NamedTuple):
+    optimizer: torch.optim.Optimizer
+    before: list  # copies of the parameters
+    after: list
+
+
+def watch_steps(monkeypatch, kind=torch.optim.SGD):
+    """A list to which every ``Step`` of optimizers of this kind is added."""
+    steps, plain = [], kind.step
+
+    def step(optimizer, *arguments):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        plain(optimizer, *arguments)
+        steps.append(Step(optimizer, before, [p.detach().clone() for p in parameters]))
+
+    monkeypatch.setattr(kind, "step", step)
+    return steps
+
+
+def part(states, prefix):
+    return {k.removeprefix(prefix): v for k, v in states.items() if k.startswith(prefix)}
+
+
+def test_the_log_of_a_distillation(finished):
+    rows = table(finished["distill"] / "log.csv")
+    assert [(row["epoch"], row["step"]) for row in rows] == [(e, 3 * e) for e in range(5)]
+    assert rows[0]["distance_total"] == 0 and rows[0]["images_per_second"] is None
+    assert 1e-6 < rows[0]["kl"] < 0.1  # batch statistics against the teacher's running ones
+    for row in rows[1:]:
+        squares = row["distance_encoder"] ** 2 + row["distance_head"] ** 2
+        assert row["distance_total"] == pytest.approx(squares**0.5)
+        # cross-entropy is entropy plus KL; so early, the teacher's is that of a uniform answer
+        assert row["loss"] == pytest.approx(row["teacher_entropy"] + row["kl"], abs=1e-5)
+        assert row["teacher_entropy"] == pytest.approx(math.log(64), rel=0.01)
+        assert row["teacher_linear"] == rows[0]["teacher_linear"]
+    assert table(finished["ema"] / "log.csv")[0]["kl"] > 0
+
+
+def test_distances_and_best_epoch_are_those_of_the_saved_networks(finished):
+    contents = state(finished["distill"] / "checkpoint.pt")
+    last = table(finished["distill"] / "log.csv")[-1]
+    for name, prefix in (("encoder", "encoder."), ("head", "head."), ("total", "")):
+        one, two = (weights(part(contents[who], prefix)) for who in ("student", "student_init"))
+        assert last[f"distance_{name}"] == pytest.approx((one - two).norm().item(), rel=1e-5)
+    near = weights(contents["teacher"]) - weights(contents["student_init"])
+    assert 0 < near.abs().max() < 1e-6  # alpha is 1e-10
+    rows = table(finished["distill"] / "log.csv")[1:]
+    best = max(rows, key=lambda row: (row["student_linear"], -row["epoch"]))["epoch"]
+    assert state(finished["distill"] / "best.pt")["epoch"] == best
+
+
+def test_the_output_ends_with_the_gain(script, tmp_path):
+    result = script("distill", TINY, "--epochs 1 --out", tmp_path / "run")
+    last = table(tmp_path / "run" / "log.csv")[-1]
+    said = " ".join(line for line in result.out.split("\n") if "gain" in line)
+    for probe in ("linear", "knn"):
+        assert f"{last[f'student_{probe}'] - last[f'teacher_{probe}']:+.2f}" in said
+
+
+def log(script, folder, *flags):
+    result = script("distill", TINY, *flags, "--out", folder)
+    assert result.code == 0, result.err
+    return table(folder / "log.csv")
+
+
+def test_more_of_the_loss_is_looked_at_than_the_first_step(script, tmp_path):
+    """At least five steps an epoch, here all three; another --log-every trains alike."""
+    one, two = (
+        log(script, tmp_path / n, f"--probe none --epochs 1 --log-every {n}") for n in ("1", "30")
+    )
+    assert [row["kl"] for row in one] == [row["kl"] for row in two]
+
+
+def test_probing_does_not_move_training(script, finished, tmp_path):
+    log(script, tmp_path, "--epochs 4 --probe none")
+    one, two = (state(f / "checkpoint.pt")["student"] for f in (finished["distill"], tmp_path))
+    assert difference(one, two) == ""
+
+
+def test_labels_change_the_loss_and_temperatures_the_answers(script, tmp_path):
+    flags = "--epochs 0 --probe none --norm none --alpha 0.5"
+    (plain,) = log(script, tmp_path / "plain", flags)
+    (beta,) = log(script, tmp_path / "beta", flags, "--beta 0.5")
+    assert beta["loss"] - plain["loss"] == pytest.approx(0.5 * math.log(64), rel=0.05)
+    assert beta["kl"] == plain["kl"]
+    (kl,) = log(script, tmp_path / "kl", flags, "--loss kl")
+    assert kl["loss"] == pytest.approx(plain["kl"], rel=1e-4) and kl["kl"] == plain["kl"]
+    (mse,) = log(script, tmp_path / "mse", flags, "--loss mse")
+    assert 0 < mse["loss"] < 1
+    (sharp,) = log(script, tmp_path / "sharp", flags, "--teacher-temperature 0.1")
+    assert sharp["teacher_entropy"] < plain["teacher_entropy"] - 0.1
+    assert sharp["student_entropy"] == plain["student_entropy"]
+    (sharp,) = log(script, tmp_path / "sharps", flags, "--student-temperature 0.1")
+    assert sharp["student_entropy"] < plain["student_entropy"] - 0.1
+
+
+def test_a_student_becomes_the_teacher_of_a_second_round(script, finished, tmp_path):
+    path = finished["distill"] / "checkpoint.pt"
+    rows = log(script, tmp_path, f"--epochs 1 --alpha 0 --teacher {path}:student")
+    first, second = state(path), state(tmp_path / "checkpoint.pt")
+    assert difference(first["student"], second["teacher"]) == ""  # its buffers too
+    assert torch.equal(weights(first["student"]), weights(second["student_init"]))
+    before = table(finished["distill"] / "log.csv")[-1]
+    assert rows[-1]["teacher_knn"] == before["student_knn"]
+
+
+def test_a_network_trained_with_labels_becomes_the_teacher(script, finished, tmp_path):
+    path = finished["lmc"] / "runs" / "init0-run1.pt"
+    log(script, tmp_path / "run", f"--epochs 0 --probe none --teacher {path}:supervised")
+    teacher = state(tmp_path / "run" / "checkpoint.pt")["teacher"]
+    trained = part(state(path)["training"]["classifier"], "encoder.")
+    assert difference(trained, part(teacher, "encoder.")) == ""
+    random = state(finished["a"] / "checkpoint.pt")["teacher"]
+    assert difference(part(random, "head."), part(teacher, "head.")) == ""
+
+
+def test_a_moving_teacher_moves_and_is_probed(script, finished, tmp_path):
+    log(script, tmp_path / "frozen", "--norm none --alpha 0.5 --lr 0.01 --epochs 0 --probe none")
+    frozen, moved = (
+        state(f / "checkpoint.pt")["teacher"] for f in (tmp_path / "frozen", finished["ema"])
+    )
+    assert not torch.equal(weights(frozen), weights(moved))
+    rows = table(finished["ema"] / "log.csv")
+    assert rows[0]["teacher_entropy"] != rows[-1]["teacher_entropy"]
+    seldom = log(script, tmp_path / "run", CASES["ema"].flags, "--probe-every 2")
+    probed = [rows[0]["teacher_knn"], None, rows[2]["teacher_knn"], rows[3]["teacher_knn"]]
+    assert [row["teacher_knn"] for row in seldom] == probed
+
+
+@pytest.mark.parametrize("decays", [(0, 0), (0.1, 0.01)])
+def test_the_optimizers_flags_reach_it(script, tmp_path, monkeypatch, decays):
+    """No decay unless asked for; of weights, and of biases and norms, apart."""
+    steps = watch_steps(monkeypatch, torch.optim.AdamW)
+    flags = "--lr 0.02 --weight-decay {} --bias-decay {}".format(*decays) if any(decays) else ""
+    log(script, tmp_path, "--epochs 1 --probe none", flags)
+    groups = steps[0].optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == list(decays)
+    assert [{p.ndim for p in group["params"]} for group in groups] == [{2, 4}, {1}]
+    for group in groups:
+        assert group["lr"] == (0.02 if flags else 0.001)
+        assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+
+
+def test_lower_precision_begins_in_float32(script, tmp_path, monkeypatch):
+    """--fp32-steps of them, without TF32, which holds for training steps alone."""
+    flags = "--epochs 2 --probe none --precision"
+    rows = [
+        log(script, tmp_path / n, flags, p)
+        for n, p in (("fp32", "fp32"), ("late", "bf16 --fp32-steps 3"), ("bf16", "bf16"))
+    ]
+    losses = [[row["loss"] for row in run] for run in rows]
+    assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
+    assert losses[2] == losses[0]  # by default the first 100 steps
+    seen, backward = [], torch.Tensor.backward
+
+    def watched(*arguments, **options):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        backward(*arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    log(script, tmp_path / "tf32", flags, "tf32 --fp32-steps 4")
+    assert seen == [False] * 4 + [True] * 2 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(("capability", "said"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_without_instructions_for_it_is_said(script, tmp_path, monkeypatch, capability, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    flags = f"{TINY} --epochs 0 --probe none --precision bf16 --out {tmp_path}/run"
+    assert ("no instructions for it" in script("distill", flags).out) == said
+
+
+def test_epochs_of_counts_images(script, tmp_path):
+    flags = "--epochs 1 --epochs-of 80 --probe none"
+    assert len(log(script, tmp_path, flags)) == 3  # two epochs of 40 images
+    assert json.loads((tmp_path / "config.json").read_text())["flags"]["epochs"] == 1
+    assert len(log(script, tmp_path, flags, "--resume")) == 3
+
+
+@pytest.mark.slow
+def test_steps_stay_the_same_when_the_number_of_images_grows(script, tmp_path):
+    """Fig. 4: int(3 * 20 / n) epochs of n images, probes on all 40 images of their own set."""
+    flags = "--dataset digits noise --subset 10 20 39 --epochs 3 --epochs-of 20 --batch-size 5"
+    flags += " --probe-dataset digits --probe-subset 40 --probe-every 3 --probe knn"
+    assert script("distill", TINY, flags, "--out", tmp_path).code == 0
+    for n, epochs in {10: 6, 20: 3, 39: 1}.items():
+        digits, noise = (
+            table(tmp_path / f"dataset{d}-subset{n}" / "log.csv") for d in ("digits", "noise")
+        )
+        for rows in (digits, noise):
+            assert [row["epoch"] for row in rows] == list(range(epochs + 1))
+            assert rows[-1]["step"] == epochs * -(-n // 5)
+            assert {r["epoch"] for r in rows if r["student_knn"] is not None} == {0, epochs}
+            assert rows[0]["teacher_knn"] == digits[0]["teacher_knn"]
+        assert digits[-1]["loss"] != noise[-1]["loss"]
+
+
+def test_speed_after_a_resume_counts_what_was_done_since(script, tmp_path, monkeypatch):
+    """A step of at most 16 images takes a tenth of a second; one of the epoch's three is left."""
+    plain, calls = torch.optim.AdamW.step, itertools.count(1)
+
+    def slow(optimizer, *arguments):
+        plain(optimizer, *arguments)
+        time.sleep(0.1)
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", slow)
+    flags = f"{TINY} --probe none --epochs 1 --resume --out {tmp_path}"
+    assert [script("distill", flags).code for _ in range(2)] == [143, 0]
+    assert table(tmp_path / "log.csv")[-1]["images_per_second"] < 160
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vgg11", "resnet18", "resnet50")]
+
+
+@pytest.mark.parametrize("encoder", ["resnet56", "vit-tiny", *SLOW])
+def test_every_encoder_is_distilled(script, tmp_path, encoder):
+    flags = f"--encoder {encoder} --subset 16 --epochs 1 --probe none --alpha 0.5"
+    rows = log(script, tmp_path, flags)
+    assert len(rows) == 2 and rows[1]["distance_total"] > 0
+
+
+# Sweeps
+
+
+def test_a_sweep_has_a_run_for_each_combination(script, finished, tmp_path):
+    names = [f"alpha{alpha}-seed{seed}" for alpha in ("0", "0.5") for seed in (0, 1)]
+    folders = [path.name for path in finished["sweep"].iterdir() if path.is_dir()]
+    assert sorted(folders) == names
+    assert len({(finished["sweep"] / name / "log.csv").read_text() for name in names}) == 4
+    log(script, tmp_path, "--probe knn --epochs 2 --alpha 0.5 --seed 1")
+    alone, among = (cells(f / "log.csv") for f in (tmp_path, finished["sweep"] / names[3]))
+    assert alone == among
+
+
+def test_summary_is_of_the_seeds_of_each_setting(finished):
+    summary = table(finished["sweep"] / "summary.csv")
+    assert {(row["alpha"], row["n"]) for row in summary} == {(0, 2), (0.5, 2)}
+    found = {(row["alpha"], row["quantity"], row["epoch"]): row for row in summary}
+    for alpha, quantity in itertools.product((0, 0.5), ("student_knn", "kl", "distance_total")):
+        logs = [table(finished["sweep"] / f"alpha{alpha}-seed{s}" / "log.csv") for s in (0, 1)]
+        values = np.array([[row[quantity] for row in rows[1:]] for rows in logs])
+        for epoch, picked in (("best", values.max(1)), ("final", values[:, -1])):
+            if quantity != "student_knn" and epoch == "best":
+                assert (alpha, quantity, epoch) not in found
+                continue
+            row = found[alpha, quantity, epoch]
+            assert row["mean"] == pytest.approx(picked.mean())
+            assert row["std"] == pytest.approx(picked.std(ddof=1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "folders"),
+    [
+        ("--alpha 0 0.9999999", "alpha0 alpha0.9999999"),
+        ("--alpha 1e-10 1", "alpha1e-10 alpha1"),
+        ("--norm none layer --seed 0 1", "normnone-seed0 normnone-seed1 normlayer-seed0"),
+        (
+            "--bottleneck -/lb/fn/-/l/- -/-/-/-/l/fn",
+            "bottleneck-.lb.fn.-.l.- bottleneck-.-.-.-.l.fn",
+        ),
+    ],
+)
+def test_sweeps_are_named_summed_up_and_drawn(script, tmp_path, flags, folders):
+    flags = f"{TINY} --epochs 1 --probe knn {flags} --out {tmp_path}".replace("--no-plot", "")
+    result = script("distill", flags)
+    assert result.code == 0, result.err
+    for name in folders.split():
+        assert (tmp_path / name / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("sweep.png", "dynamics.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert table(tmp_path / "summary.csv")
+    if "--bottleneck -" in flags:
+        log(script, tmp_path / "raw", "--epochs 1 --probe knn --no-weight-norm")
+        assert cells(tmp_path / "raw" / "log.csv") == cells(
+            tmp_path / "bottleneck-.lb.fn.-.l.-" / "log.csv"
+        )
+
+
+# run_probe.py
+
+
+def test_probing_reproduces_the_log(script, finished, tmp_path):
+    paths = [finished["distill"] / name for name in ("checkpoint.pt", "best.pt")]
+    result = script("probe", paths, DATA, "--k 5 --out", tmp_path / "probe.csv")
+    assert result.code == 0, result.err
+    rows = table(tmp_path / "probe.csv")
+    assert [r["network"] for r in rows] == ["teacher", "student", "student-init", "input"] * 2
+    last = table(finished["distill"] / "log.csv")[-1]
+    for row in rows[:4]:
+        logged = {"student": ["knn"], "student-init": []}  # each epoch's linear probe draws anew
+        for probe in logged.get(row["network"], ["linear", "knn"]):
+            assert row[probe] == pytest.approx(last[f"{row['network']}_{probe}"])
+    assert len({row["sha256"] for row in rows}) == 2 and "+-" in result.out
+
+
+def test_transfer_uses_the_sources_normalisation(script, finished, tmp_path):
+    """The same random teacher, on the same digits, normalised for digits and for noise images."""
+    found = []
+    for name in ("a", "elsewhere"):
+        flags = [finished[name] / "checkpoint.pt", DATA, "--k 5 --network teacher --dataset digits"]
+        assert script("probe", *flags, "--out", tmp_path / f"{name}.csv").code == 0
+        (row,) = table(tmp_path / f"{name}.csv")
+        found.append(row)
+    assert [(row["trained_on"], row["probed_on"]) for row in found] == [
+        ("digits", "digits"),
+        ("folder", "digits"),
+    ]
+    teachers = [state(finished[name] / "checkpoint.pt")["teacher"] for name in ("a", "elsewhere")]
+    assert difference(*teachers) == ""
+    assert found[0]["linear"] != found[1]["linear"]
+
+
+# run_imp.py
+
+WEIGHTS = 270_896  # of ResNet20's convolutions and its classifier
+
+
+def test_each_round_prunes_a_fifth_of_what_is_left(finished):
+    rows = table(finished["imp"] / "imp.csv")
+    assert [(r["init"], r["rewind_epoch"], r["round"]) for r in rows] == [
+        ("random", rewind, r) for rewind in (0, 1) for r in range(3)
+    ]
+    for row in rows:
+        assert row["sparsity"] == pytest.approx(1 - 0.8 ** row["round"], abs=1 / WEIGHTS)
+        assert row["sparsity"] == pytest.approx(1 - row["remaining_parameters"] / WEIGHTS, abs=1e-8)
+        assert row["epochs"] == (3 if row["round"] == 0 else 3 - row["rewind_epoch"])
+        assert 0 <= row["test_accuracy"] <= row["test_accuracy_best"] <= 100
+    for rewind in (0, 1):
+        contents = state(finished["imp"] / "chains" / f"init0-rewind{rewind}.pt")
+        masks, trained = contents["masks"], contents["training"]["classifier"]
+        kept = sum(int(mask.sum()) for mask in masks.values())
+        assert kept == round(WEIGHTS * 0.64) == rows[2 + 3 * rewind]["remaining_parameters"]
+        assert all((trained[name][~mask] == 0).all() for name, mask in masks.items())
+
+
+def in_order(states, contents):
+    """Entries of a dict by parameter name, in the order in which an optimizer has them."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return [states.get(k) for k in contents["training"]["classifier"] if not k.endswith(buffers)]
+
+
+@pytest.mark.parametrize("rewind_epoch", [0, 1])
+def test_each_round_starts_at_mask_times_rewind_weights(
+    script, tmp_path, monkeypatch, rewind_epoch
+):
+    """Bit for bit; and what is pruned is exactly 0 whenever a step begins."""
+    steps = watch_steps(monkeypatch)
+    flags = f"{SUPERVISED} --epochs 3 --rounds 2 --rewind-epoch {rewind_epoch} --out {tmp_path}"
+    assert script("imp", flags).code == 0
+    contents = state(tmp_path / "chains" / f"init0-rewind{rewind_epoch}.pt")
+    rewound = in_order(contents["rewind"]["classifier"], contents)
+    masks = in_order(contents["masks"], contents)
+    assert difference(rewound, steps[3 * rewind_epoch].before) == ""
+    again, previous = 3 * (3 - rewind_epoch), [True] * len(masks)
+    for first in (9, 9 + again):
+        begin = steps[first].before
+        kept = [True if m is None else b != 0 for b, m in zip(begin, masks, strict=True)]
+        assert all(torch.equal(b, r * k) for b, r, k in zip(begin, rewound, kept, strict=True))
+        pairs = zip(kept, previous, strict=True)  # a mask only shrinks
+        assert not any(k is not True and (k & ~torch.as_tensor(p)).any() for k, p in pairs)
+        for step, k in itertools.product(steps[first : first + again], range(len(kept))):
+            assert kept[k] is True or (step.before[k][~kept[k]] == 0).all()
+        previous = kept
+    assert all(m is None or torch.equal(k, m) for k, m in zip(previous, masks, strict=True))
+    assert len(steps) == 9 + 2 * again
+
+
+def test_pruned_are_the_smallest_of_the_trained_weights(script, tmp_path, monkeypatch):
+    steps = watch_steps(monkeypatch)
+    flags = f"{SUPERVISED} --epochs 1 --rounds 1 --prune all --prune-fraction 0.5 --out {tmp_path}"
+    assert script("imp", flags).code == 0
+    trained = torch.cat([w.flatten().abs() for w in steps[2].after])
+    masks = state(tmp_path / "chains" / "init0-rewind0.pt")["masks"]
+    kept = torch.cat([mask.flatten() for mask in masks.values()])
+    assert trained[kept].min() >= trained[~kept].max()
+    assert len(kept) == 272_474 and (~kept).sum() == 272_474 // 2
+    assert "encoder.1.weight" in masks and "fc.bias" in masks
+    assert table(tmp_path / "imp.csv")[-1]["remaining_parameters"] == 272_474 // 2
+
+
+def test_the_control_shuffles_masks_within_their_layers(finished):
+    """The same number of weights in each layer, other ones; the same rewind point."""
+    rows = table(finished["shuffle"] / "imp.csv")
+    kinds = {(row["rewind_epoch"], row["control"]) for row in rows}
+    assert kinds == {(0, None), (0, "shuffle"), (1, None), (1, "shuffle")} and len(rows) == 12
+    chains = [
+        state(finished["shuffle"] / "chains" / f"init0-rewind0{name}.pt")
+        for name in ("", "-shuffle")
+    ]
+    assert difference(*(chain["rewind"]["classifier"] for chain in chains)) == ""
+    left = {(row["round"], row["remaining_parameters"]) for row in rows}
+    assert len(left) == 3
+    one, two = (chain["masks"] for chain in chains)
+    assert not any(torch.equal(one[name], two[name]) for name in one)
+    assert [mask.sum() for mask in one.values()] == [mask.sum() for mask in two.values()]
+
+
+def test_starts_are_recorded_and_drawn(script, finished, tmp_path):
+    path = finished["distill"] / "checkpoint.pt"
+    starts = [f"{path}:student", f"{path}:student-init", "random", "random:1"]
+    flags = SUPERVISED.replace("--no-plot", "").replace("--encoder resnet20", "")
+    for name, more in (("imp", "--rounds 1"), ("lmc", "--runs 2 --points 3")):
+        out = tmp_path / name
+        result = script(name, flags, more, "--epochs 1 --out", out, "--init", starts)
+        assert result.code == 0, result.err
+        assert list(dict.fromkeys(row["init"] for row in table(out / f"{name}.csv"))) == starts
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        config = (out / "config.json").read_text()
+        assert all(json.dumps(start) in config for start in starts[:2])
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in config
+    begin = state(tmp_path / "imp" / "chains" / "init0-rewind0.pt")["rewind"]["classifier"]
+    assert difference(part(begin, "encoder."), part(state(path)["student"], "encoder.")) == ""
+
+
+# run_lmc.py
+
+
+def pairs_of(rows, **wanted):
+    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+
+
+def test_lines_lead_from_each_trained_network_to_each(finished):
+    rows = table(finished["lmc"] / "lmc.csv")
+    assert len(rows) == 3 * 2 * 5
+    assert {(row["i"], row["j"]) for row in rows} == {(0, 1), (0, 2), (1, 2)}
+    for run in range(3):
+        training = state(finished["lmc"] / "runs" / f"init0-run{run}.pt")["training"]
+        ends = pairs_of(rows, bn="interpolate", i=run, gamma=0)
+        ends += pairs_of(rows, bn="interpolate", j=run, gamma=1)
+        errors = [row["test_error"] for row in ends]
+        assert errors == pytest.approx([100 - training["accuracies"][-1]] * 2)
+    losses = {row["test_loss"] for row in pairs_of(rows, i=0, j=1, bn="recompute")}
+    assert len(losses) == 5
+
+
+def test_barriers_are_the_rise_over_the_mean_of_the_ends(finished):
+    rows = table(finished["lmc"] / "lmc.csv")
+    found = table(finished["lmc"] / "barriers.csv")
+    for bn, split in itertools.product(("recompute", "interpolate"), ("train", "test")):
+        barriers = []
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            line = [row[f"{split}_error"] for row in pairs_of(rows, bn=bn, i=i, j=j)]
+            barriers.append(max(line) - (line[0] + line[-1]) / 2)
+            (row,) = pairs_of(found, bn=bn, statistic="pair", i=i, j=j)
+            assert row[f"{split}_barrier"] == pytest.approx(barriers[-1], abs=1e-6)
+        for name, statistic in (("mean", statistics.mean), ("std", statistics.stdev)):
+            (row,) = pairs_of(found, bn=bn, statistic=name)
+            assert row[f"{split}_barrier"] == pytest.approx(statistic(barriers), abs=1e-6)
+
+
+def read_images(folder):
+    """(images as float tensors in 0 to 1, labels) of one split of an image folder."""
+    paths = sorted(folder.rglob("*.png"))
+    images = np.stack([np.asarray(Image.open(path)) for path in paths])
+    labels = torch.tensor([["one", "two"].index(path.parent.name) for path in paths])
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, labels
+
+
+def build(make, states, **options):
+    """A network that ``make(**options)`` has built without weights, with those of a state dict."""
+    network = make(**options).to_empty(device="cpu")
+    network.load_state_dict(states)
+    return network.eval()
+
+
+def normalized(images, data):
+    mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
+    return (images - mean) / std
+
+
+def test_a_point_is_the_mixture_of_its_ends(script, tmp_path):
+    """Written out with torch alone: weights by lerp, batch norm's statistics interpolated, or plain
+    averages over the training images without augmentation; both splits."""
+    images = image_folder(tmp_path / "images", train=16)
+    flags = f"{SUPERVISED} --dataset folder --data-dir {images} --subset 16 --test-subset 8"
+    flags += " --epochs 2 --runs 2 --points 5 --bn-statistics recompute interpolate"
+    assert script("lmc", flags, "--out", tmp_path / "run").code == 0
+    saved = [state(tmp_path / "run" / "runs" / f"init0-run{run}.pt") for run in (0, 1)]
+    one, two = (contents["training"]["classifier"] for contents in saved)
+    mixed = {k: torch.lerp(a, two[k], 0.25) if a.is_floating_point() else a for k, a in one.items()}
+    encoder = build(models.build_encoder, part(mixed, "encoder."), encoder="resnet20")
+    splits = {name: read_images(images / name) for name in ("train", "test")}
+    for bn in ("interpolate", "recompute"):
+        if bn == "recompute":
+            for module in encoder.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.reset_running_stats()
+                    module.momentum = None  # a plain average
+            encoder.train()(normalized(splits["train"][0], saved[0]["data"]))
+        (row,) = pairs_of(table(tmp_path / "run" / "lmc.csv"), bn=bn, gamma=0.25)
+        for name, (x, labels) in splits.items():
+            with torch.no_grad():
+                features = encoder.eval()(normalized(x, saved[0]["data"]))
+            logits = F.linear(features, mixed["fc.weight"], mixed["fc.bias"])
+            loss = F.cross_entropy(logits, labels).item()
+            assert row[f"{name}_loss"] == pytest.approx(loss, rel=1e-4)
+            error = 100 * (logits.argmax(1) != labels).double().mean().item()
+            assert row[f"{name}_error"] == pytest.approx(error)
+
+
+def test_runs_share_the_start_and_nothing_else(script, tmp_path, monkeypatch):
+    """Their first steps begin at the same weights and see other images, or the same otherwise."""
+    steps = watch_steps(monkeypatch)
+    flags = f"{SUPERVISED} --epochs 1 --runs 2 --points 2 --out {tmp_path}"
+    assert script("lmc", flags).code == 0
+    assert len(steps) == 6
+    assert difference(steps[0].before, steps[3].before) == ""
+    assert difference(steps[0].after, steps[3].after) != ""
+
+
+def test_without_batch_norm_there_is_nothing_to_recompute(script, finished, tmp_path):
+    flags = f"{SUPERVISED} --init {finished['layer']}/checkpoint.pt:student --epochs 1 --runs 2"
+    flags += f" --points 2 --bn-statistics recompute interpolate --out {tmp_path}"
+    assert script("lmc", flags).code == 0
+    assert [row["bn"] for row in table(tmp_path / "lmc.csv")] == ["none"] * 2
+
+
+# run_landscape.py
+
+
+def test_the_plane_goes_through_the_three_networks(finished):
+    rows = table(finished["landscape"] / "landscape.csv")
+    assert [(row["i"], row["j"]) for row in rows] == [(i, j) for j in range(3) for i in range(5)]
+    assert [row["x"] for row in rows[:5]] == [-1, -0.5, 0, 0.5, 1]
+    at = {(row["x"], row["y"]): row for row in rows}
+    assert abs(at[0, 0]["train_kl"]) < 1e-12
+    assert all(row["train_kl"] > 1e-7 for place, row in at.items() if place != (0, 0))
+    assert all(row["linear"] is None and 0 <= row["knn"] <= 100 for row in rows)
+    for place, name, which in (
+        ((0, 0), "a", "teacher"),
+        ((1, 0), "a", "student"),
+        ((0, 1), "b", "student"),
+    ):
+        network = weights(state(finished[name] / "checkpoint.pt")[which])
+        assert at[place]["norm_total"] == pytest.approx(network.norm().item(), rel=1e-5)
+    points = [tuple(row.values()) for row in table(finished["landscape"] / "points.csv")]
+    assert points == [("theta_T", 0, 0), ("theta*_S(0.1)", 1, 0), ("theta*_S(1)", 0, 1)]
+
+
+def test_the_loss_at_a_corner_is_that_of_its_network(script, tmp_path):
+    """KL of the teacher's and the student's softmaxed outputs, with and without the head."""
+    images = image_folder(tmp_path / "images")
+    flags = f"--dataset folder --data-dir {images} --subset 12 --test-subset 8"
+    for name, alpha in (("a", 0.1), ("b", 1)):
+        more = f"--alpha {alpha} --epochs 1 --probe none --out {tmp_path}/{name}"
+        assert script("distill", TINY, flags, more).code == 0
+    contents = state(tmp_path / "a" / "checkpoint.pt")
+    data = contents["data"]
+    teacher, student = (
+        build(models.build_network, contents[who], **contents["model"])
+        for who in ("teacher", "student")
+    )
+    plane = PLANE.format(a=tmp_path / "a", b=tmp_path / "b").replace(DATA, f"{flags} --device cpu")
+    for of, more in ((lambda n: n, ""), (lambda n: n.encoder, "--encoder-only")):
+        out = tmp_path / f"plane{more}"
+        ranges = f"--x-range 0 1 2 --y-range 0 1 2 --probe none --no-plot {more} --out {out}"
+        assert script("landscape", plane, ranges).code == 0
+        (row,) = [r for r in table(out / "landscape.csv") if (r["x"], r["y"]) == (1, 0)]
+        for split in ("train", "test"):
+            x = normalized(read_images(images / split)[0], data)
+            with torch.no_grad():
+                log_p, log_q = (of(n)(x).double().log_softmax(1) for n in (teacher, student))
+            kl = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
+            assert row[f"{split}_kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def test_how_uneven_the_valley_is_is_said(script, finished, tmp_path):
+    flags = finished.flags("landscape").replace("--no-plot", "")
+    for ranges, drawn in (("--x-range -1 1 3 --y-range 0 0 1", 3), ("--x-range -0 -0 1", 1)):
+        out = tmp_path / str(drawn)
+        for more in ("", "--resume"):
+            result = script("landscape", flags, ranges, more, "--out", out)
+            assert result.code == 0, result.err
+            if drawn == 3:
+                low, _, high = (row["train_kl"] for row in table(out / "landscape.csv"))
+                assert f"{low / high:.2f}" in result.out
+        assert (out / "landscape.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("more", ["--probe none", "--probe linear --bn-statistics recompute"])
+def test_an_orthogonal_plane_is_true_to_scale(script, finished, tmp_path, more):
+    flags = finished.flags("landscape").replace("--no-plot", "")
+    more = f"--plane orthogonal {more} --x-range -1 1 2 --y-range -1e-3 1E-3 2 --out {tmp_path}"
+    result = script("landscape", flags, more)
+    assert result.code == 0, result.err
+    assert len(table(tmp_path / "landscape.csv")) == 4
+    place = {row["name"]: complex(row["x"], row["y"]) for row in table(tmp_path / "points.csv")}
+    saved = [state(finished[name] / "checkpoint.pt") for name in ("a", "b")]
+    one, two = (weights(contents["student"]) for contents in saved)
+    assert abs(place["theta*_S(0.1)"] - place["theta*_S(1)"]) == pytest.approx(
+        (one - two).norm().item(), rel=1e-4
+    )
+    assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_only_draws_planes_side_by_side(script, finished, tmp_path):
+    one, two, three = (tmp_path / f"{name}.png" for name in ("one", "two", "three"))
+    for picture, count in ((one, 1), (two, 2), (three, 2)):
+        planes = [finished["landscape"]] * count
+        result = script("landscape", "--plot-only", planes, "--out", picture)
+        assert result.code == 0, result.err
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert one.read_bytes() != two.read_bytes() == three.read_bytes()
+
+
+# All of them
+
+
+@pytest.mark.slow
+def test_images_of_64_pixels_go_through_every_script(script, tmp_path):
+    """The flag must be repeated: what was learnt at 64 pixels is refused at 32."""
+    out = tmp_path / "run"
+    log(script, out, "--epochs 1 --image-size 64 --norm layer --probe none")
+    path = out / "checkpoint.pt"
+    for name, flags in (
+        ("probe", f"{path} {DATA} --k 5 --overwrite"),
+        ("imp", f"{SUPERVISED} --init {path}:student random --epochs 1 --rounds 1"),
+        ("lmc", f"{SUPERVISED} --init {path}:student random --epochs 1 --runs 2 --points 2"),
+        (
+            "landscape",
+            f"--origin {path}:teacher --x-axis {path}:student --y-axis {path}:student-init {DATA} "
+            "--probe none --no-plot --x-range 0 1 2 --y-range 0 1 2",
+        ),
+    ):
+        result = script(name, flags, "--out", tmp_path / name)
+        assert one_sentence(result, "--image-size 64") == ""
+        result = script(name, flags, "--image-size 64 --out", tmp_path / name)
+        assert result.code == 0, f"{name}: {result.err}"
+
+
+def test_a_start_brings_its_normalisation(script, finished, tmp_path):
+    flags = f"{SUPERVISED} --init {finished['elsewhere']}/checkpoint.pt:student --epochs 1"
+    assert script("lmc", flags, "--runs 2 --points 2 --out", tmp_path).code == 0
+    one, two = (
+        state(path)["data"]
+        for path in (finished["elsewhere"] / "checkpoint.pt", tmp_path / "runs" / "init0-run1.pt")
+    )
+    assert (one["mean"], one["std"]) == (two["mean"], two["std"])
+
+
+README = (ROOT / "README.md").read_text()
+
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_the_readmes_python_runs(finished, tmp_path, monkeypatch, block):
+    for path in re.findall(r"[\"']([^\"']+\.pt)[\"']", block):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(finished["distill"] / "best.pt", tmp_path / path)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_what_the_readme_links_to_is_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links and [x for x in links if "://" not in x and not (ROOT / x).exists()] == []
+
+
+def test_unknown_networks_and_raw_images_are_refused(finished, generator):
+    path = finished["distill"] / "checkpoint.pt"
+    with pytest.raises(ValueError, match="student-init"):
+        rtd.load_network(path, "foo")
+    encoder = rtd.load_network(path, "student").encoder
+    images = 255 * torch.rand(4, 3, 32, 32, generator=generator)
+    with pytest.raises((ValueError, TypeError)):
+        probes.extract_features(encoder, images, (0.5,) * 3, (0.2,) * 3)

@@ -1,0 +1,148 @@
+"""Supervised training against independent formulas: augmentation, schedule, SGD."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import functional as TF
+
+from rtd.data import Dataset, Split, normalize
+from rtd.init import init_encoder_, random_stream
+from rtd.models import build_encoder, materialize
+from rtd.supervised import (
+    Classifier,
+    SupervisedLoss,
+    augment,
+    build_classifier,
+    draw_augmentation,
+    empty_classifier,
+    learning_rate,
+    predict,
+    sgd,
+)
+
+
+def small_data(generator, n=20):
+    images = torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(n) % 4
+    return Dataset(
+        "made-up",
+        Split(images, labels),
+        Split(images[:7], labels[:7]),
+        4,
+        (0.4, 0.5, 0.6),
+        (0.2, 0.3, 0.4),
+    )
+
+
+def linear_model(generator):
+    encoder = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.BatchNorm1d(48))
+    return Classifier(
+        encoder, init_encoder_(nn.Linear(48, 4, device="meta").to_empty(device="cpu"), generator)
+    )
+
+
+def test_augmentation_is_torchvisions_pad_crop_and_flip(generator):
+    images = torch.randint(256, (30, 3, 32, 24), generator=generator, dtype=torch.uint8)
+    draws = draw_augmentation(30, generator)
+    result = augment(images, draws)
+    for image, (top, left, flip), got in zip(images, draws.tolist(), result, strict=True):
+        expected = TF.crop(TF.pad(image, [4, 4, 4, 4]), top, left, 32, 24)
+        assert torch.equal(got, TF.hflip(expected) if flip else expected)
+    assert result.dtype == torch.uint8 and result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(augment(images, torch.tensor([[4, 4, 0]]).expand(30, 3)), images)
+
+
+def test_augmentation_draws_all_offsets_evenly(generator):
+    draws = draw_augmentation(9000, generator).numpy()
+    for column, values in ((0, 9), (1, 9), (2, 2)):
+        counts = np.bincount(draws[:, column])
+        assert len(counts) == values and abs(counts - 9000 / values).max() < 5 * math.sqrt(
+            9000 / values
+        )
+
+
+@pytest.mark.parametrize("epochs", [160, 8, 3, 1])
+def test_learning_rate_falls_after_a_half_and_three_quarters(epochs):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+    milestones = [math.ceil(epochs / 2), math.ceil(3 * epochs / 4)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    for epoch in range(epochs):
+        assert learning_rate(epoch, epochs, 0.1) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert [learning_rate(e, 160) for e in (0, 79, 80, 119, 120, 159)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+
+
+def test_steps_are_sgd_by_hand(generator):
+    """v <- 0.9 v + g + 1e-4 w, w <- w - lr v, over augmented batches; the last batch is smaller."""
+    data, model = small_data(generator), linear_model(generator)
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
+    loss, optimizer = SupervisedLoss(model, data, (7, 2)), sgd(model, 0.05)
+    for epoch in (1, 2):
+        loss.begin_epoch(epoch)
+        draws = draw_augmentation(20, random_stream(7, 2, "augmentation", epoch))
+        for index in torch.randperm(20, generator=generator).split(8):
+            optimizer.zero_grad()
+            value = loss(index)[0]
+            value.backward()
+            optimizer.step()
+            x = augment(data.train.images[index], draws[index])
+            x = F.avg_pool2d(normalize(x, data.mean, data.std).double(), 8).flatten(1)
+            x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+            x = x * weights["encoder.2.weight"] + weights["encoder.2.bias"]
+            logits = x @ weights["fc.weight"].T + weights["fc.bias"]
+            expected = F.nll_loss(F.log_softmax(logits, 1), data.train.labels[index])
+            assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+            gradients = torch.autograd.grad(expected, list(weights.values()))
+            for name, gradient in zip(weights, gradients, strict=True):
+                velocity[name] = 0.9 * velocity[name] + gradient + 1e-4 * weights[name].detach()
+                weights[name] = (weights[name] - 0.05 * velocity[name]).detach().requires_grad_()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.double(), weights[name], rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_are_in_eval_mode_and_leave_the_classifier_alone(generator):
+    data = small_data(generator)
+    model = linear_model(generator).train()
+    model.encoder[2].running_mean.normal_(generator=generator)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = predict(model, data.train.images, data.mean, data.std, batch_size=6)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    x = F.avg_pool2d(normalize(data.train.images, data.mean, data.std).double(), 8).flatten(1)
+    x = (x - before["encoder.2.running_mean"]) / (before["encoder.2.running_var"] + 1e-5).sqrt()
+    x = x * before["encoder.2.weight"] + before["encoder.2.bias"]
+    expected = x @ before["fc.weight"].double().T + before["fc.bias"]
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_stays_near_fp32(generator):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        loss = SupervisedLoss(linear_model(generator.manual_seed(1)), small_data(generator), (0,))
+        loss.begin_epoch(1)
+        losses.append(loss(torch.arange(20), precision=precision)[0].item())
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_classifier_keeps_the_encoder_and_draws_fc_from_its_generator_alone(generator):
+    architecture = {"encoder": "resnet20", "norm": None, "image_size": 32}
+    encoder = init_encoder_(materialize(build_encoder(**architecture)), generator)
+    encoder.state_dict()["1.running_mean"].add_(1.0)  # buffers come along
+    a, b = (
+        build_classifier(architecture, encoder.state_dict(), 10, torch.Generator().manual_seed(4))
+        for _ in range(2)
+    )
+    assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(a.encoder.state_dict()[name], value)
+    fc = a.fc.weight.detach().flatten()  # U(-1/8, 1/8), for 64 inputs
+    assert fc.abs().max() <= 1 / 8 and fc.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.1)
+    assert empty_classifier(architecture | {"encoder": "vgg11"}, 7).fc.weight.shape == (7, 512)
