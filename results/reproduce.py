@@ -1,0 +1,506 @@
+"""Regenerate the paper's tables and figures, one row of claims.ini at a time.
+
+    python results/reproduce.py                                       # list rows and costs
+    python results/reproduce.py fig10 --scale small --data-dir data   # run or continue a row
+    python results/reproduce.py all --scale paper --device cuda       # every row in turn
+    python results/reproduce.py fig9 --scale small --collect runs     # copy from runs/fig9-lmc-0
+    python results/reproduce.py --page                                # write the pages anew
+    python results/reproduce.py --redraw                              # draw the pictures anew
+
+A row's commands are the scripts' own command lines. They write into runs/reproduce/ROW-SCALE/;
+their CSVs, config.json and pictures are then copied into results/ROW/SCALE/, from which
+results/README.md and the table in README.md are written. A command that was stopped continues
+when its row is asked for again.
+"""
+
+import argparse
+import configparser
+import csv
+import itertools
+import json
+import math
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+SCALES = ("paper", "small", "toy", "early")  # the best evidence first; toy serves a test
+VGG11 = 3.5  # hours on two cores with bf16 for one run of the paper's protocol: the unit V
+GPU = 0.1 / VGG11  # hours on one GPU for an hour on two cores: an estimate, not measured
+TEST_IMAGES = dict(digits=450, cifar10=10000, cifar100=10000, stl10=8000, tinyimagenet=10000)
+ACCURACIES = ("linear", "knn", "accuracy", "error", "mean")
+MARKS = ("<!-- headline rows: written by results/reproduce.py -->", "<!-- end of headline rows -->")
+
+CLAIMS = configparser.ConfigParser(
+    interpolation=configparser.ExtendedInterpolation(), delimiters="=", comment_prefixes="#"
+)
+CLAIMS.read(RESULTS / "claims.ini", encoding="utf-8")
+ROWS = [name for name in CLAIMS.sections() if name != "early"]
+
+
+def text(name, key):
+    """A value of claims.ini as one line."""
+    return " ".join(CLAIMS[name].get(key, "").split())
+
+
+def repeated(value):
+    """The lines of a value, each split at its semicolons, once for all values of its NAME=a b c."""
+    for line in filter(None, value.splitlines()):
+        parts = re.split(r"\s*;\s*", line)
+        loops = [part.split("=") for part in parts if re.match("[A-Z]+=", part)]
+        for values in itertools.product(*(words.split() for _, words in loops)):
+            one = parts[: len(parts) - len(loops)]
+            for (name, _), value in zip(loops, values, strict=True):
+                lower = value.lower().replace("/", ".")
+                one = [p.replace(f"{{{name}}}", value) for p in one]
+                one = [p.replace(f"{{{name.lower()}}}", lower) for p in one]
+            yield one
+
+
+def commands(name, scale, data="data"):
+    """A row's command lines, as they are typed in the repository's root."""
+    folders = {row: f"runs/reproduce/{row}-{scale}" for row in ROWS}
+    lines = repeated(CLAIMS[name].get(f"run.{scale}", ""))
+    return [line.format(out=folders[name], data=data, **folders) for [line] in lines]
+
+
+def in_order(name, scale):
+    """The row ``name`` after those whose runs its commands read."""
+    read = re.findall(r"\{(\w+)\}", text(name, f"run.{scale}"))
+    before = [row for other in read if other in ROWS for row in in_order(other, scale)]
+    return list(dict.fromkeys([*before, name]))
+
+
+def hours(name, scale):
+    amount, unit = text(name, f"cost.{scale}").split()
+    return float(amount) * (VGG11 if unit == "V" else 1)
+
+
+# ---------------------------------------------------------------------------------------- running
+
+
+def run(name, scale, args):
+    """Run a row's commands in turn; one that fails ends everything with its exit code."""
+    for command in commands(name, scale, args.data_dir):
+        words = command.split()
+        draws = "--plot-only" in words
+        words.append("--overwrite" if draws or words[0] == "run_probe.py" else "--resume")
+        words += ["--device", args.device] if args.device and not draws else []
+        (ROOT / words[words.index("--out") + 1]).parent.mkdir(parents=True, exist_ok=True)
+        print(f"\n$ python {' '.join(words)}", flush=True)
+        with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
+            signal.signal(signal.SIGTERM, lambda *_, to=process: to.terminate())
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:  # the script was told too; it saves before it ends
+                code = process.wait()
+        if code:
+            sys.exit(code if code > 0 else 128 - code)
+
+
+def collect(name, scale, folder):
+    """Copy CSVs, config.json and pictures of a row's runs into results/. Returns how many runs."""
+    runs = re.findall(r"--out runs/reproduce/[^\s/]+/([^\s/]+)", " ".join(commands(name, scale)))
+    found = [(part, folder / prefix) for part in runs for prefix in (part, f"{name}-{part}")]
+    found = {part: source for part, source in found if source.is_dir()}
+    for part, source in found.items():
+        target = RESULTS / name / scale / part
+        shutil.rmtree(target, ignore_errors=True)
+        for path in source.rglob("*.*"):
+            inside = path.relative_to(source)
+            wanted = path.suffix == ".csv" or path.name == "config.json"
+            wanted = wanted and not {"chains", "lines"} & set(inside.parts)
+            if wanted or (path.suffix == ".png" and path.parent == source):
+                (target / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / inside)
+    return len(found)
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class Number(NamedTuple):
+    """Mean and standard deviation (None for one value) of n values of the runs of one scale."""
+
+    label: str
+    run: Path
+    mean: float
+    std: float | None
+    n: int
+    best: float | None
+    epoch: str
+    test_images: int | None  # None: no accuracy
+
+    def __str__(self):
+        return f"{with_spread(self)} (n = {self.n})"
+
+
+def shown(value):
+    if value is None:
+        return ""
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.{1 if abs(value) >= 1 else 2}f}"
+
+
+def with_spread(found):
+    return shown(found.mean) + ("" if found.std is None else f" ± {shown(found.std)}")
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def highest(path, places, column):
+    """The row of a landscape next to a place, or the highest on the way between two (a>b)."""
+
+    def distance(row, to):
+        return math.dist((float(row["x"]), float(row["y"])), to)
+
+    rows, points = read_csv(path), read_csv(path.with_name("points.csv"))
+    names = {row["name"]: (float(row["x"]), float(row["y"])) for row in points}
+    ends = [names.get(p) or tuple(map(float, p.split(","))) for p in places.split(">")]
+    way = [
+        [a + (b - a) * i / 100 for a, b in zip(ends[0], ends[-1], strict=True)] for i in range(101)
+    ]
+    near = [min(rows, key=lambda row: distance(row, at)) for at in (way if len(ends) > 1 else ends)]
+    return [
+        max((row for row in near if row[column]), key=lambda row: float(row[column]), default={})
+    ]
+
+
+def holds(row, condition):
+    name, sign, wanted = re.fullmatch(r"(\w+)([=~])(.*)", condition).groups()
+    value = row.get(name) or ""
+    return value == wanted if sign == "=" else fnmatchcase(value, wanted)
+
+
+def rows_of(path, where, column):
+    """The rows of a CSV that hold the values wanted: of a run's log, all epochs after the start."""
+    if where.startswith("@"):
+        rows = highest(path, where[1:], column)
+    else:
+        conditions = where[1:-1].split(",") if where else []
+        rows = [row for row in read_csv(path) if all(holds(row, c) for c in conditions)]
+    rows = [row for row in rows if row.get(column)]
+    return rows[1:] if len(rows) > 1 and "step" in rows[0] and rows[0]["epoch"] == "0" else rows
+
+
+def number(label, sources, scale):
+    """What stands for a line at a scale, as a Number, or None."""
+    for source in re.split(r"\s*\|\s*", sources):
+        parsed = re.fullmatch(r"(\w+)/(.+?\.csv)(\[.*\]|@.*|):(\w+)", source)
+        name, pattern, where, column = parsed.groups()
+        folder = RESULTS / name / scale
+        tables = {path: rows_of(path, where, column) for path in sorted(folder.glob(pattern))}
+        tables = {path: rows for path, rows in tables.items() if rows}
+        if not tables:
+            continue
+        first = next(iter(tables))
+        run, row = folder / first.relative_to(folder).parts[0], tables[first][-1]
+        final, best = [], []
+        for rows in tables.values():
+            values = [float(row[column]) for row in rows]
+            if "step" in row:  # epochs of one run
+                final.append(values[-1])
+                best += [max(values)] if column.startswith("student") else []
+            else:
+                final += values
+                best += [float(row[f"{column}_best"]) for row in rows if f"{column}_best" in row]
+        logs = tables.values() if not column.startswith(("teacher", "input")) else ()
+        epochs = sorted({int(rows[-1]["epoch"]) for rows in logs if "step" in row})
+        return Number(
+            label.replace("{kept}", shown(100 - 100 * float(row.get("sparsity") or 0))),
+            run,
+            statistics.mean(final),
+            statistics.stdev(final) if len(final) > 1 else None,
+            len(final),
+            statistics.mean(best) if best else None,
+            reached(epochs, run),
+            test_images(run, row) if column.endswith(ACCURACIES) else None,
+        )
+    return None
+
+
+def reached(epochs, run):
+    """The last epochs of some logs as text, with the number planned where a run is not done."""
+    flags = (config(run) or {"flags": {}})["flags"]
+    planned = 0 if flags.get("epochs_of") else flags.get("epochs", 0)
+    said = " to ".join(map(str, dict.fromkeys(epochs[:1] + epochs[-1:])))
+    return f"{said} of {planned}" if epochs and epochs[0] < planned else said
+
+
+def early(run):
+    """(commit, test images, what was run) of results whose config.json was not kept, or None."""
+    found = CLAIMS["early"].get(f"{run.parent.parent.name}/{run.name}")
+    return found.split(" ; ", 2) if found and run.parent.name == "early" else None
+
+
+def config(run):
+    path = min(run.rglob("config.json"), default=None)
+    return json.loads(path.read_text()) if path else None
+
+
+def test_images(run, row):
+    if "probed_on" in row:
+        return TEST_IMAGES.get(row["probed_on"])
+    if found := early(run):
+        return int(found[1])
+    flags = (config(run) or {"flags": {}})["flags"]
+    data = flags.get("probe_dataset") or flags.get("dataset")
+    return flags.get("test_subset") or TEST_IMAGES.get(data)
+
+
+def lines_of(name):
+    """[(label, what the paper prints or "", [our Numbers, the best evidence first])] of a row."""
+    paper = {}
+    for row in read_csv(RESULTS / "paper.csv"):
+        for who in ("teacher", "student", "input"):
+            paper[f"{row['source']}/{row['dataset']}/{row['model']}/{who}"] = row[who]
+    table = []
+    for label, printed, source in repeated(CLAIMS[name]["lines"]):
+        ours = [found for scale in SCALES if (found := number(label, source, scale))]
+        if ours or paper.get(printed):
+            table.append((label, paper.get(printed, ""), ours))
+    return table
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def filled(template, table):
+    """``template`` with each {label}, {label|best}, {label|last} and {label|paper} looked up."""
+
+    def look_up(match):
+        pattern, _, which = match[1].partition("|")
+        found = []
+        for label, paper, ours in table:
+            if fnmatchcase(ours[0].label if ours else label, pattern.replace("[", "[[]")):
+                best = shown(ours[0].best) if ours else ""
+                mine = str(ours[0]) if ours else ""
+                found.append({"paper": paper, "best": best}.get(which, mine))
+        found = [value for value in found if value] or ["not run"]
+        return found[-1 if which == "last" else 0]
+
+    return re.sub(r"\{([^{}]+)\}", look_up, template)
+
+
+def verdict(name, table):
+    there = [found.run.parent.name for _, _, ours in table for found in ours]
+    best = next((scale for scale in SCALES if scale in there), None)
+    if best is None:
+        return "Not run yet."
+    found = text(name, f"verdict.{best}")
+    return filled(found, table) if found else f"Nobody has judged the results at scale {best} yet."
+
+
+def origin(run):
+    link = "[{0}]({0})".format(run.relative_to(RESULTS).as_posix())
+    if found := early(run):
+        return f"{link}: {found[2]}; commit {found[0]}, config not kept"
+    if found := config(run):
+        commit = (found["commit"] or "not known")[: 7 if found["commit"] else None]
+        return f"{link}: `{found['command']}`, commit {commit}, {found['device']}"
+    return f"{link}: made by the command below"
+
+
+def standard_errors(numbers):
+    """The largest sqrt(p (1 - p) / N), in points, for each number N of test images."""
+    errors = {}
+    for found in numbers:
+        if n := found.test_images:
+            p = min(found.mean / 100, 1)
+            errors[n] = max(errors.get(n, 0), 100 * math.sqrt(p * (1 - p) / n))
+    return ", ".join(f"{error:.1f} points (N = {n:,})" for n, error in sorted(errors.items()))
+
+
+def pictures(name):
+    """The pictures of the best scale that has any, relative to results/."""
+    for scale in SCALES:
+        paths = [path.replace("/", f"/{scale}/", 1) for path in text(name, "pictures").split()]
+        if there := [path for path in paths if (RESULTS / path).exists()]:
+            return there
+    return []
+
+
+def section(name):
+    """A row's part of results/README.md."""
+    title, table = text(name, "title"), lines_of(name)
+    numbers = [found for _, _, ours in table for found in ours]
+    said = [f'<a id="{name}"></a>\n\n## {title}', f"**Claim.** {text(name, 'claim')}"]
+    said += [f"![{title}]({path})" for path in pictures(name)]
+    cells = ["| | paper | ours, final | ours, best on test | n | epoch | run |"]
+    cells.append("|---|---:|---:|---:|---:|---:|---|")
+    for label, paper, ours in table:
+        cells += [] if ours else [f"| {label} | {paper} | not run | | | | |"]
+        for found in ours:
+            mine = f"{with_spread(found)} | {shown(found.best)}"
+            n = found.n if found.n > 1 else "**1**"
+            where = f"{found.epoch} | {found.run.parent.name}/{found.run.name}"
+            cells.append(f"| {found.label} | {paper} | {mine} | {n} | {where} |")
+    said.append("\n".join(cells) if table else "")
+    if errors := standard_errors(numbers):
+        said.append(f"The standard error of one accuracy is at most {errors}.")
+    said.append(text(name, "note"))
+    said.append(f"**Verdict.** {verdict(name, table)}")
+    runs = dict.fromkeys(found.run for found in numbers)
+    said.append("\n".join(["**Runs.**", "", *(f"* {origin(run)}" for run in runs)]) if runs else "")
+    said.append(f"**At the small scale.** {text(name, 'small')}")
+    for scale in ("small", "paper"):
+        if lines := commands(name, scale):
+            time = hours(name, scale)
+            gpu = f", {time * GPU:,.{0 if time > 100 else 2}f} h on a GPU (estimate)"
+            call = f"python results/reproduce.py {name} --scale {scale} --data-dir data"
+            said.append(f"Scale `{scale}`, {time:,.1f} h on two cores{gpu}:\n\n    {call}")
+            listed = "\n".join(f"python {line}" for line in lines)
+            said.append(f"<details><summary>its runs</summary>\n\n```\n{listed}\n```\n\n</details>")
+    return "\n\n".join(filter(None, said))
+
+
+INTRODUCTION = """# The paper, reproduced
+
+`results/reproduce.py` writes this page from `claims.ini` and the CSVs beside it. No result in it
+is typed by hand.
+
+* The headline number is that of the *final* epoch. The authors report the *best* epoch, chosen on
+  the test images themselves; it stands second, wherever a run was probed more than once.
+* Accuracies, errors and barriers are in percent or percentage points. `±` is the standard
+  deviation over n; **1** marks a number that stands on one run. "input" is a probe of the pixels.
+* The standard error is that of one accuracy over the draw of N test images, sqrt(p(1 - p) / N).
+* `paper` is the paper's protocol, `small` what two cores do in the stated time. Hours are for two
+  cores with instructions for bf16; those on a GPU are estimates.
+* Results under `early/` were made before run folders were kept with their config.json; the commit
+  that added them is named instead.
+"""
+
+
+def headlines():
+    """The table of README.md: the rows that have a headline."""
+    cells = ["| claim | paper | ours | verdict |", "|---|---|---|---|"]
+    for name in ROWS:
+        if text(name, "headline.ours"):
+            table = lines_of(name)
+            title = text(name, "title").partition(":")[0]
+            claim = f"[{title}](results/README.md#{name}): {text(name, 'headline.claim')}"
+            paper, ours = (
+                filled(text(name, f"headline.{whose}"), table) for whose in ("paper", "ours")
+            )
+            ours = "not run yet" if "not run" in ours else ours
+            short = re.split(r"[:.;,](?= |$)", verdict(name, table))[0].lower()
+            cells.append(f"| {claim} | {paper} | {ours} | {short} |")
+    return "\n".join(cells)
+
+
+def write_pages():
+    """Write results/README.md, and what lies between the two marks in README.md."""
+    page = "\n\n".join([INTRODUCTION.strip(), *map(section, ROWS)])
+    (RESULTS / "README.md").write_text(f"{page}\n", encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    if all(mark in readme for mark in MARKS):
+        before, after = readme.partition(MARKS[0])[0], readme.partition(MARKS[1])[2]
+        readme = f"{before}{MARKS[0]}\n{headlines()}\n{MARKS[1]}{after}"
+        (ROOT / "README.md").write_text(readme, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------- drawing
+
+
+def redraw():
+    """Draw the pictures of results/ anew from the CSVs beside them."""
+    sys.path.insert(0, str(ROOT))
+    from rtd import plots
+    from rtd.harness import console, files, run, sweeps
+    from run_distill import title
+    from run_landscape import panel
+
+    swept = {name.replace("_", ""): name for name in sweeps.SWEPT}
+    flag = rf"({'|'.join(swept)})(.+?)(?=-(?:{'|'.join(swept)})|$)"  # in the name of a run's folder
+    for path in sorted(RESULTS.rglob("*.png")):
+        folder, part = path.parent, RESULTS.joinpath(*path.relative_to(RESULTS).parts[:3])
+        words = (early(part) or [text(part.parts[-3], "small")])[-1]
+        encoder = re.search(r"(?i)resnet\d+|vit-\w+|$", words)[0].lower() or "vgg11"
+        about = argparse.Namespace(encoder=encoder, dataset="cifar10", alpha=1e-10)
+        for name, value in (config(part) or {"flags": {}})["flags"].items():
+            if value is not None:
+                setattr(about, name, value[0] if isinstance(value, list) else value)
+        groups, names = {}, []
+        for log in sorted(folder.rglob("log.csv")):
+            found = [one for one in re.findall(flag, log.parent.name) if one[0] != "seed"]
+            names, values = [swept[name] for name, _ in found], [value for _, value in found]
+            key = [float(v) if v[0].isdigit() else v.replace(".", "/") for v in values]
+            groups.setdefault(tuple(key), []).append(files.read_csv(log))
+        groups = dict(sorted(groups.items(), key=lambda item: item[0][::-1]))
+        drawn = [names, groups, title(about, names)]
+        if path.stem == "curves":
+            drawn = [groups[()], title(about)]
+        elif path.stem in ("imp", "lmc"):
+            rows = files.read_csv(path.with_suffix(".csv"))
+            kinds = {row["init"]: re.sub(r".*:(?=\D)|:\d+$", "", row["init"]) for row in rows}
+            drawn = [rows, kinds, title(about, ["alpha"])]
+        elif not groups:  # fig5.png shows two landscapes
+            places = [folder] if path.stem == "landscape" else sorted(folder.parent.glob("[ns]*"))
+            drawn = [[panel(place) for place in places]]
+            for one in drawn[0] if part.parts[-2] == "early" else ():
+                one["orthogonal"] = one["points"][1]["x"] != 1
+                plane = "orthogonal plane" if one["orthogonal"] else "interpolation plane"
+                plane += ", encoder alone" if part.parts[-3] in ("fig15", "fig16") else ""
+                one["title"] = f"{title(about, ['alpha'])}, {plane}"
+        run.draw(path, console.say, getattr(plots, path.stem, plots.landscapes), *drawn)
+
+
+def list_rows():
+    for name in ROWS:
+        scales = [scale for scale in ("small", "paper") if commands(name, scale)]
+        costs = ", ".join(f"{scale} {hours(name, scale):,.1f} h" for scale in scales)
+        there = [scale for scale in SCALES if (RESULTS / name / scale).is_dir()]
+        print(f"{name:<7} {text(name, 'title')}")
+        print(f"{'':<7} {costs or 'reads the runs of other rows'}; here: {', '.join(there) or '-'}")
+    print(
+        f"Hours are for two cores with bf16; a GPU takes about 1/{1 / GPU:.0f} of them (estimate)."
+    )
+
+
+def parse_args():
+    format_ = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=format_)
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="ROW", help="rows to run, or all; without any they are listed")
+    add("--scale", choices=SCALES[:3], default="small", help="size of the runs (default: small)")
+    add("--data-dir", default="data", help="folder of the data sets (default: data)")
+    add("--device", help="device of every command; by default each takes a GPU where there is one")
+    add("--collect", type=Path, metavar="DIR", help="folder of runs to copy from, running nothing")
+    add("--page", action="store_true", help="write the two pages anew and run nothing")
+    add("--redraw", action="store_true", help="draw the pictures of results/ anew and run nothing")
+    args = parser.parse_args()
+    if unknown := set(args.rows) - {*ROWS, "all"}:
+        parser.error(f"{min(unknown)} is no row; the rows are {', '.join(ROWS)}, or all")
+    args.rows = ROWS if "all" in args.rows else args.rows
+    return args
+
+
+def main(args):
+    for name in args.rows:
+        for row in [name] if args.collect else in_order(name, args.scale):
+            if not args.collect:
+                run(row, args.scale, args)
+            folder = args.collect or ROOT / f"runs/reproduce/{row}-{args.scale}"
+            count = collect(row, args.scale, folder)
+            if not count and args.collect:
+                sys.exit(f"--collect {folder}: it holds no run of {row} at scale {args.scale}")
+            print(f"results/{row}/{args.scale}: {count} run folders copied")
+    if args.redraw:
+        redraw()
+    if args.rows or args.page:
+        write_pages()
+    elif not args.redraw:
+        list_rows()
+
+
+if __name__ == "__main__":
+    main(parse_args())
