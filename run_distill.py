@@ -3,7 +3,7 @@
 A network at random initialisation is frozen: the teacher. A student that starts next to it learns
 to reproduce its outputs, on images alone: no labels, no augmentation. Linear and k-NN probes then
 find the student's features much better than the teacher's. They get worse first: a dip in the
-first few hundred steps belongs to the method.
+first few hundred steps, up to 1,000, belongs to the method.
 
     python run_distill.py                                      # digits, nothing to download
     python run_distill.py --dataset cifar10 --data-dir data    # the paper's protocol, 100 epochs

@@ -43,7 +43,13 @@ def parse_args(argv=None):
     args = cli.parse(parser, argv)
     if not args.probe:
         parser.error("--probe none leaves nothing to do")
-    args.out = args.out or Path(args.checkpoints[0]).parent / f"probe-{args.dataset}.csv"
+    # two folders are two data sets
+    folder = (
+        f"-{Path(args.data_dir).resolve().name}"
+        if args.dataset == "folder" and args.data_dir
+        else ""
+    )
+    args.out = args.out or Path(args.checkpoints[0]).parent / f"probe-{args.dataset}{folder}.csv"
     return args
 
 

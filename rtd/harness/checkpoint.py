@@ -56,7 +56,7 @@ def path_of(spec):
 def load_spec(flag, spec, others=""):
     """PATH:NETWORK, given to ``flag`` -> (checkpoint, NETWORK); others: what else may be given."""
     path, colon, which = spec.rpartition(":")
-    if not colon or which not in NETWORKS:
+    if not path or not colon or which not in NETWORKS:
         known = ", ".join(NETWORKS)
         raise InputError(f"{flag} {spec}: give PATH:NETWORK, NETWORK one of {known}{others}")
     return load_checkpoint(path), which
