@@ -34,7 +34,7 @@ from rtd.init import init_student_, random_stream
 from rtd.interpolation import Plane
 from rtd.landscape import Landscape, norms
 from rtd.last_layer import last_layer_loss, output_log_mean_exp
-from rtd.models import ENCODERS, autocast, random_network
+from rtd.models import ENCODERS, autocast, build_network, random_network
 from rtd.probes import extract_features, knn_probe, linear_probe
 from rtd.supervised import SupervisedLoss, build_classifier, sgd
 
@@ -193,8 +193,9 @@ def own_peak_megabytes():
 
 def peak_memory(args, name, images):
     """(peak MB beyond the imported libraries, or of the GPU; seconds a step) of three steps."""
-    device, libraries = pick_device(args.device), own_peak_megabytes()
-    make, precision = STEPS[name]
+    device, (make, precision) = pick_device(args.device), STEPS[name]
+    build_network(args.encoder)  # it imports torchvision
+    libraries = own_peak_megabytes()
     step = make(args, device, random_data(images, args.batch_size, device), precision)
     seconds = medians({name: step}, 3, device)[name]
     if device.type == "cuda":

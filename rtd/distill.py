@@ -118,8 +118,12 @@ class Distiller(nn.Module):
         """Nothing: images are not augmented."""
 
     def after_step(self):
-        """Let a teacher that moves follow the student."""
+        """Let a teacher that moves follow the student; drop the gradients.
+
+        One lies in the workspace, which the next forward pass needs.
+        """
         self.teacher.follow(self.student)
+        self.zero_grad()
 
     def forward(self, index, observe=False, precision="fp32"):
         """index: (B,) positions of training images -> ``LastLayerLoss``, with KL and entropies if

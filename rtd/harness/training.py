@@ -97,13 +97,13 @@ class Training:
         observe = len(self.losses) in self.observed_steps
         early = self.step < getattr(self.args, "fp32_steps", 0)
         precision = "fp32" if early else self.args.precision
-        self.optimizer.zero_grad()
         with tf32(precision):
             loss, *more = self._trained(mine, observe, precision)
             loss = factor * loss
             # on a GPU, reading the loss would wait for the step: there the epoch's end finds out
             if self.device.type == "cpu" and self.world.size == 1 and not loss.isfinite():
                 self._diverged()
+            self.optimizer.zero_grad()  # not before: the memory would go back to the system
             loss.backward()
         self.optimizer.step()
         self.loss.after_step()
