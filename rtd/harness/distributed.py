@@ -6,6 +6,7 @@ Without torchrun everything here does the obvious thing for a single process.
 import contextlib
 import datetime
 import os
+import time
 import warnings
 
 import torch
@@ -34,6 +35,9 @@ def process_group(device):
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
+        # Gloo's thread needs Python's lock to drop the last tensor that it sent. Older versions of
+        # torch hold the lock while they wait for the thread's end, so it gets some time before.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
