@@ -220,15 +220,17 @@ def test_a_missing_best_checkpoint_is_said(script, finished, tmp_path):
     ("name", "flags"),
     [
         ("distill", f"{TINY} --epochs 1 --teacher {{run}}/checkpoint.pt:student --out {{run}}"),
+        ("distill", f"{TINY} --alpha 0 0.5 --teacher {{run}}/best.pt:student --out {{run}}/.."),
         ("probe", f"{{run}}/best.pt {DATA} --k 5 --out {{run}}/best.pt"),
         ("landscape", "--plot-only {run} --out {run}/log.csv"),
     ],
 )
 def test_overwrite_does_not_delete_what_is_read(script, finished, tmp_path, name, flags):
-    shutil.copytree(finished["distill"], tmp_path / "run")
+    run = tmp_path / "alpha0"  # also that of a sweep's first run
+    shutil.copytree(finished["distill"], run)
     before = snapshot(tmp_path)
-    result = outcome(script, name, flags.format(run=tmp_path / "run"), "--overwrite")
-    assert one_sentence(result, tmp_path / "run") == ""
+    result = outcome(script, name, flags.format(run=run), "--overwrite")
+    assert one_sentence(result, run) == ""
     assert snapshot(tmp_path) == before
 
 
