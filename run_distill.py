@@ -35,12 +35,13 @@ from rtd.errors import InputError
 from rtd.harness import cli, sweeps
 from rtd.harness.checkpoint import load_teacher, source_of
 from rtd.harness.cli import non_negative_float, non_negative_int, positive_float, positive_int
+from rtd.harness.console import progress
 from rtd.harness.datasets import DATASETS, LABELLED, fingerprints
 from rtd.harness.device import describe
 from rtd.harness.probing import judge
 from rtd.harness.run import Run
 from rtd.harness.training import Training
-from rtd.head import PAPERS, parse_slots
+from rtd.head import PAPER_SLOTS, parse_slots
 from rtd.init import init_student_, random_stream
 from rtd.last_layer import LOSSES, LastLayerLoss
 from rtd.models import ENCODERS, NORMS, build_network, parameter_count, random_network
@@ -71,11 +72,11 @@ def parse_args(argv=None):
     add("--out-dim", positive_int, 2**16, "* outputs of the head; below 256 the student stops improving (Fig. 10)")
     add("--head-hidden", positive_int, 2048, "width of the head's two hidden layers")
     add("--bottleneck-dim", positive_int, 256, "width of the head's l2-bottleneck")
-    add("--bottleneck", str, PAPERS, "* form of the l2-bottleneck (Fig. 12) in six slots: weight norm of the first layer (wn), first "
-        "layer (l linear, lb with bias), norm of its output (fn), and the same for the last layer; - is nothing")
+    add("--bottleneck", str, PAPER_SLOTS, "* form of the l2-bottleneck (Fig. 12) in six slots: weight norm of the first layer (wn), first "
+        "layer (l linear, lb with bias), norm of its output (fn), and the same for the last layer; - is nothing", metavar="SLOTS")
     add("--no-weight-norm", bool, False, "raw last layer, as in the authors' code; small runs may collapse")
     add("--teacher", str, None, "teacher instead of a random one: run/checkpoint.pt:student (Fig. 18), or "
-        "lmc/runs/init0-run0.pt:supervised, which saw labels", metavar="PATH:NETWORK")
+        "lmc/runs/init0-run0.pt:supervised, which saw labels")
     add("--ema", cli.unit_interval, 0.0, "share of the student that enters the teacher after each step (a momentum of 0.996 is 0.004 here); disables the cache")
     add = parser.group("training")
     add("--batch-size", positive_int, 256, "images per step, over all processes; use smaller batches on small data sets")
@@ -100,7 +101,7 @@ def parse_args(argv=None):
     args = cli.parse(parser, argv, *sweeps.SWEPT)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"
     if args.no_weight_norm:
-        if args.bottleneck not in ([PAPERS], [NO_WEIGHT_NORM]):
+        if args.bottleneck not in ([PAPER_SLOTS], [NO_WEIGHT_NORM]):
             parser.error("--no-weight-norm and --bottleneck exclude each other")
         args.bottleneck = [NO_WEIGHT_NORM]
     return args
@@ -152,7 +153,8 @@ def distill(args, device, world):
         return world.in_main(record.report)
     size = f"{parameter_count(student) / 1e6:.1f}M parameters"
     run.say(f"{title(args)}; {size}; {describe(device, args.precision)}")
-    data, probed = data.to(device), probed.to(device)
+    same, data = probed.train is data.train, data.to(device)
+    probed = data if same else probed.to(device)  # not twice in a GPU's memory
 
     # What the student is to beat, and what it is to reproduce.
     def judge_as(prefix, network, name):
@@ -164,14 +166,10 @@ def distill(args, device, world):
         record.baselines = judge_as("input", None, "input")
         if not args.ema:  # a teacher that moves is probed like the student
             record.baselines |= judge_as("teacher", teacher, "teacher")
-    if args.ema:
-        follower = MovingTeacher(teacher, args.ema, args.teacher_temperature)
-    else:  # it is frozen and images are not augmented: what it says about an image never changes
-        run.say(f"asking the teacher about {len(data.train)} images")
-        ask = partial(teacher_answers, teacher, data.mean, data.std, args.teacher_temperature)
-        follower = FrozenTeacher(teacher, world.map_rows(ask, data.train.images))
+    target = MovingTeacher(teacher, args.ema, args.teacher_temperature) if args.ema else None
+    target = target or ask(teacher, data, run)
     options = args.loss, args.student_temperature, args.beta, args.compile
-    distiller = Distiller(student, follower, data, *options)
+    distiller = Distiller(student, target, data, *options)
     optimizer = adamw(student, args.lr, args.weight_decay, args.bias_decay)
     training = Training(distiller, optimizer, data, (args.seed,), run, args.out.name)
     record.follow(training)
@@ -185,6 +183,15 @@ def distill(args, device, world):
                 row |= judge_as("teacher", teacher, f"student-{epoch}")
         record.add(row)
     world.in_main(record.report)
+
+
+def ask(teacher, data, run):
+    """The ``FrozenTeacher``: images are not augmented, so its answer to an image never changes."""
+    run.say(f"asking the teacher about {len(data.train)} images")
+    shown = partial(progress, description="asking the teacher", unit="batches")
+    about = teacher, data.mean, data.std, run.args.teacher_temperature
+    answer = partial(teacher_answers, *about, progress=shown)
+    return FrozenTeacher(teacher, run.world.map_rows(answer, data.train.images))
 
 
 def count_epochs(args, images):

@@ -127,19 +127,16 @@ def run_chain(chain, data, run):
     masks, rewind = pruning.dense_masks(weights), None
     total = pruning.remaining(masks)
     rows, kept = [], []  # of each round; kept: how many weights of each layer
-    # a control's first table is written before its first state: its first round is the chain's
-    saved = run.load(f"{chain.name}.pt", None if chain.control else table)
-    if chain.control:  # it shares the first round, and how many weights a round leaves, with
-        pruned = run.load(f"{chain.name.removesuffix('-shuffle')}.pt")  # the chain that is pruned
-        first = pruned["rows"][0] | {"control": chain.control}
-        saved = (saved or pruned | {"rows": [first]}) | {"kept": pruned["kept"]}
+    saved, own = load_chain(chain, run)
     if saved:
         rows, rewind, masks, kept = (saved[k] for k in ("rows", "rewind", "masks", "kept"))
         training.load_state(saved["training"])
         if len(rows) > args.rounds + 1:
             done = f"{chain.name} has run {len(rows) - 1}"
             raise InputError(f"--rounds {args.rounds}: {done} already")
-        run.say(f"{chain}: goes on in round {len(rows)} after epoch {len(training.accuracies)}")
+        if own:
+            done = len(training.accuracies)
+            run.say(f"{chain}: goes on in round {len(rows)} after epoch {done}")
         run.table(table, COLUMNS, rows)
 
     def save():
@@ -166,19 +163,35 @@ def run_chain(chain, data, run):
                 new = training.accuracies[chain.rewind_epoch if round_ else 0 :]  # of this round
                 left = pruning.remaining(masks)
                 before = rewind["seconds"] if round_ else 0
-                row = (
-                    chain.start.spec,
-                    chain.rewind_epoch,
-                    chain.control,
-                    round_,
+                row = (chain.start.spec, chain.rewind_epoch, chain.control, round_)
+                row += (
                     1 - left / total,
+                    left,
+                    new[-1],
+                    max(new),
+                    len(new),
+                    training.seconds - before,
                 )
-                row += (left, new[-1], max(new), len(new), training.seconds - before)
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 if not chain.control:
                     kept.append({name: int(mask.sum()) for name, mask in masks.items()})
         run.table(table, COLUMNS, rows)
         yield rows[-1]
+
+
+def load_chain(chain, run):
+    """(the state from which a chain goes on, or None; whether it is its own).
+
+    A control shares the first round, and how many weights of a layer a round leaves, with the chain
+    that is pruned.
+    """
+    # its first table is written before its first state
+    own = run.load(f"{chain.name}.pt", None if chain.control else f"{chain.name}.csv")
+    if not chain.control:
+        return own, own
+    pruned = run.load(f"{chain.name.removesuffix('-shuffle')}.pt")
+    first = {"rows": [pruned["rows"][0] | {"control": chain.control}]}
+    return (own or pruned | first) | {"kept": pruned["kept"]}, own
 
 
 def shuffled(kept, weights, seed, round_):

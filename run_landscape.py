@@ -23,15 +23,16 @@ from rtd.harness.datasets import fingerprints
 from rtd.harness.device import describe
 from rtd.harness.run import Run, check_output, draw
 from rtd.interpolation import PLANES, Plane
-from rtd.landscape import LOSSES, Landscape, asymmetry, norms
+from rtd.landscape import MEASURES, Landscape, asymmetry, norms
 
-MEASURED = tuple(f"{split}_{loss}" for split in ("train", "test") for loss in LOSSES)
+MEASURED = tuple(f"{split}_{loss}" for split in ("train", "test") for loss in MEASURES)
 COLUMNS = ("i", "j", "x", "y", *MEASURED, "linear", "knn")
 COLUMNS += ("norm_encoder", "norm_head", "norm_total")
 POINTS = ("name", "x", "y")
 PRODUCTS = ("landscape.*", "points.csv")
 AXES = ("origin", "x-axis", "y-axis")
 TEACHER = "theta_T"
+PROBE_BATCH = 512  # images per step of the linear probes, which are many
 
 
 def parse_args(argv=None):
@@ -96,7 +97,7 @@ def main(args, device, world):
             f"--dataset {args.dataset}: {args.origin} was distilled on {source['name']}; give that"
         )
     data = cli.load_data(args, world).with_normalization(source)
-    cli.check_k(args, data, world)
+    cli.check_k(args, data, world, PROBE_BATCH)
     check_image_size(f"--origin {args.origin}", origin["model"], data)
     teacher, network = (load_network(origin, which, device) for which in ("teacher", "student"))
     parameters = [name for name, _ in network.named_parameters()]
@@ -122,7 +123,7 @@ def main(args, device, world):
             plane.write_(network, x, y)
             if args.bn_statistics == "recompute":
                 landscape.recompute_batch_norm_(network)
-            options = probing.options(args) | {"name": "landscape", "batch_size": 512}
+            options = probing.options(args) | {"name": "landscape", "batch_size": PROBE_BATCH}
             found = landscape.evaluate(network, **options) | norms(network)
             rows.append(dict.fromkeys(COLUMNS) | {"i": i, "j": j, "x": x, "y": y} | found)
             run.save(name, {"rows": rows})

@@ -31,7 +31,7 @@ def parse_args(argv=None):
     add = parser.group("start with these")
     add("checkpoints", str, None, "checkpoint.pt or best.pt of runs of run_distill.py", nargs="+", metavar="CHECKPOINT")
     cli.add_data_flags(add)
-    add("--out", Path, None, "CSV file; probe-<dataset>.csv beside the first checkpoint by default")
+    add("--out", Path, None, "CSV file; probe-<dataset>.csv beside the first checkpoint by default", metavar="FILE")
     add("--overwrite", bool, False, "replace the CSV file if there is one")
     cli.add_file_flags(parser)
     cli.add_probe_flags(parser)

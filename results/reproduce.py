@@ -391,8 +391,9 @@ def headlines():
             paper, ours = (
                 filled(text(name, f"headline.{whose}"), table) for whose in ("paper", "ours")
             )
-            ours = "not run yet" if "not run" in ours else ours
             short = re.split(r"[:.;,](?= |$)", verdict(name, table))[0].lower()
+            if "not run" in ours:
+                ours, short = "", "not run yet"
             cells.append(f"| {claim} | {paper} | {ours} | {short} |")
     return "\n".join(cells)
 

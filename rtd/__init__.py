@@ -1,9 +1,7 @@
-"""Random Teachers are Good Teachers (Sarnthein et al., ICML 2023): a small reference
-implementation.
+"""Random Teachers are Good Teachers (Sarnthein et al., ICML 2023), a small implementation.
 
-Each module explains one idea of the paper and can be read alone; the ``run_*.py``
-scripts beside this package tell the experiments from top to bottom; ``rtd.harness`` is what carries
-a run.
+Each module explains one idea of the paper and can be read alone. The scripts ``run_*.py`` beside
+this package tell the experiments from top to bottom; ``rtd.harness`` is what carries a run.
 """
 
 from rtd.harness.checkpoint import load_network

@@ -36,15 +36,16 @@ def adamw(student, lr=0.001, weight_decay=0.0, bias_decay=0.0):
 
 
 @torch.no_grad()
-def teacher_answers(teacher, mean, std, temperature, images, batch_size=256):
+def teacher_answers(teacher, mean, std, temperature, images, batch_size=256, progress=iter):
     """What ``teacher`` says about (N, 3, H, W) images, in float32 and eval mode: (N, K + 1).
 
     The first K numbers are the bottleneck vector, the last is the normaliser of the soft-max; for 5
-    million images and K = 256 that is 5 GB. mean, std: the images' normalisation.
+    million images and K = 256 that is 5 GB. mean, std: the images' normalisation. progress: an
+    iterator over a list, which may say how far it is.
     """
     teacher.eval()
     weight, answers = teacher.head.l2_bottleneck.normalized_weight(), None
-    for i, x in enumerate(images.split(batch_size)):
+    for i, x in enumerate(progress(images.split(batch_size))):
         z = teacher.bottleneck(normalize(x, mean, std)) / temperature  # (B, K)
         if answers is None:
             answers = z.new_empty(len(images), z.shape[1] + 1)
@@ -72,8 +73,9 @@ class FrozenTeacher:
 
 
 class MovingTeacher:
-    """A teacher that follows its student: theta_T <- (1 - gamma) theta_T + gamma theta_S after each
-    step (section 3).
+    """A teacher that follows its student (section 3).
+
+    After each step, theta_T <- (1 - gamma) theta_T + gamma theta_S.
     """
 
     def __init__(self, teacher, gamma, temperature=1.0):
@@ -100,8 +102,7 @@ class Distiller(nn.Module):
     def __init__(
         self, student, teacher, data, kind="ce", temperature=1.0, beta=0.0, compiled=False
     ):
-        """student: a Network. teacher: a ``FrozenTeacher`` or ``MovingTeacher``. data: a
-        ``Dataset``.
+        """student: a Network. teacher: a ``FrozenTeacher`` or ``MovingTeacher``. data: of training.
 
         kind: the loss, see ``rtd.last_layer``. temperature: of the student's outputs. beta: weight
         of the labels' cross-entropy, as section 3 writes it: label c is output c of the m, without
@@ -126,8 +127,9 @@ class Distiller(nn.Module):
         self.zero_grad()
 
     def forward(self, index, observe=False, precision="fp32"):
-        """index: (B,) positions of training images -> ``LastLayerLoss``, with KL and entropies if
-        ``observe``.
+        """index: (B,) positions of training images -> ``LastLayerLoss``.
+
+        KL and entropies are in it if ``observe``.
         """
         train = self.data.train
         images = normalize(train.images[index], self.data.mean, self.data.std)
@@ -135,6 +137,7 @@ class Distiller(nn.Module):
             z = self._bottleneck(images) / self.temperature  # (B, K)
         last = self.student.head.l2_bottleneck
         weight = last.last_layer.weight
+        workspace = self._workspace if weight.grad is None else None  # an old gradient lies in it
         result = last_layer_loss(
             z,
             weight,
@@ -143,9 +146,7 @@ class Distiller(nn.Module):
             weight_norm=last.weight_norm,
             dtype=torch.bfloat16 if precision == "bf16" else None,
             diagnostics=observe,
-            workspace=self._workspace
-            if weight.grad is None
-            else None,  # an old gradient lies in it
+            workspace=workspace,
         )
         if self.beta:
             logits = F.linear(z * self.temperature, last.normalized_weight())
@@ -174,8 +175,7 @@ def distance(network, start):
 
 @torch.no_grad()
 def evaluate_start(distiller, batches):
-    """Loss, KL and entropies of each of ``batches`` (tensors of indices), without a step:
-    (len(batches), 4).
+    """(len(batches), 4): ``LastLayerLoss`` of each of ``batches`` of indices, without a step.
 
     Batch norm sees batch statistics as in training, and its running ones do not move.
     """
@@ -185,9 +185,3 @@ def evaluate_start(distiller, batches):
     for name, buffer in distiller.student.named_buffers():
         buffer.copy_(buffers[name])
     return results
-
-
-def weighted_mean(values, weights):
-    """Mean over dim 0 of ``values`` (a tensor) with ``weights`` (a list of numbers)."""
-    weights = torch.tensor(weights, device=values.device, dtype=values.dtype)
-    return torch.tensordot(weights / weights.sum(), values, dims=1)

@@ -2,9 +2,7 @@
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: the message names the flag or file and says what would be
-    right.
-    """
+    """A flag or file is wrong: the message names it and says what would be right."""
 
 
 class Diverged(RuntimeError):

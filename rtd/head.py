@@ -18,14 +18,12 @@ from torch import nn
 
 from rtd.errors import InputError
 
-PAPERS = "-/lb/fn/wn/l/-"
+PAPER_SLOTS = "-/lb/fn/wn/l/-"
 SLOTS = (("-", "wn"), ("-", "l", "lb"), ("-", "fn"), ("-", "wn"), ("l",), ("-", "fn"))
 
 
 def parse_slots(text):
-    """ "-/lb/fn/wn/l/-" -> its six slots, a tuple. Raises InputError where they are not, or do not
-    go together.
-    """
+    """ "-/lb/fn/wn/l/-" -> its six slots. Raises InputError where they do not go together."""
     slots = tuple(text.split("/"))
     if len(slots) != len(SLOTS) or any(
         slot not in allowed for slot, allowed in zip(slots, SLOTS, strict=True)
@@ -33,7 +31,7 @@ def parse_slots(text):
         form = ", ".join(" or ".join(allowed) for allowed in SLOTS)
         raise InputError(
             f"--bottleneck {text}: give wn1/lin1/fn1/wn2/lin2/fn2, which are {form}; the paper's "
-            f"is {PAPERS}"
+            f"is {PAPER_SLOTS}"
         )
     if slots[:2] == ("wn", "-"):
         raise InputError(f"--bottleneck {text}: wn1 normalises the weights of lin1, but lin1 is -")
@@ -41,15 +39,14 @@ def parse_slots(text):
 
 
 class L2Bottleneck(nn.Module):
-    """x -> V~^T z~ with z~ = (W^T x + b) / |W^T x + b| and |V~_{:,i}| = 1 (App. A), or a variant of
-    it (Fig. 12).
+    """x -> V~^T z~ with z~ = (W^T x + b) / |W^T x + b| and |V~_{:,i}| = 1 (App. A; Fig. 12).
 
     ``linear`` holds W (stored transposed, as torch does) and b; row i of ``last_layer.weight`` is
     the paper's column V_{:,i}. Without a first layer, the last layer sees all of x: bottleneck_dim
     does not matter.
     """
 
-    def __init__(self, in_dim, bottleneck_dim, out_dim, slots=PAPERS):
+    def __init__(self, in_dim, bottleneck_dim, out_dim, slots=PAPER_SLOTS):
         super().__init__()
         wn1, first, fn1, wn2, _, fn2 = parse_slots(slots)
         self.first_weight_norm, self.feature_norm = wn1 == "wn", fn1 == "fn"
@@ -59,12 +56,11 @@ class L2Bottleneck(nn.Module):
         self.last_layer = nn.Linear(width, out_dim, bias=False)
 
     def bottleneck(self, x):
-        """(B, in_dim) -> (B, bottleneck_dim) what the last layer sees, in the parameters' precision
-        also under autocast.
+        """(B, in_dim) -> (B, bottleneck_dim) what the last layer sees: the paper's unit vectors.
 
-        Unit vectors in the paper's form. A normalisation of the outputs (slot fn2) is in here too:
-        y / |y| with y = V^T z is V^T (z / |y|), so that whoever has the bottleneck's output is one
-        product away from the head's.
+        They are in the parameters' precision also under autocast. A normalisation of the outputs
+        (slot fn2) is in here too: y / |y| with y = V^T z is V^T (z / |y|), so that whoever has the
+        bottleneck's output is one product away from the head's.
         """
         if self.first_weight_norm:
             x = F.linear(x, F.normalize(self.linear.weight, dim=1), self.linear.bias)
@@ -74,15 +70,12 @@ class L2Bottleneck(nn.Module):
         if self.feature_norm:
             z = F.normalize(z, dim=1)
         if self.output_norm:
-            z = z / F.linear(z, self.normalized_weight()).to(z.dtype).norm(
-                dim=1, keepdim=True
-            ).clamp_min(1e-12)
+            outputs = F.linear(z, self.normalized_weight()).to(z.dtype)
+            z = z / outputs.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return z
 
     def normalized_weight(self):
-        """(out_dim, bottleneck_dim): V~ (or the raw V without weight normalisation), normalised at
-        every call.
-        """
+        """(out_dim, bottleneck_dim): V~, normalised at every call, or V where it is raw."""
         weight = self.last_layer.weight
         return F.normalize(weight, dim=1) if self.weight_norm else weight
 
@@ -92,13 +85,14 @@ class L2Bottleneck(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """The 3-layer head of App. E.1: two hidden layers with GELU and no batch norm, then the
-    l2-bottleneck.
+    """The head of App. E.1: two hidden layers with GELU, no batch norm, then the l2-bottleneck.
 
     With the paper's widths (512, 2048, 256, 2^16) it has 22,548,736 parameters.
     """
 
-    def __init__(self, in_dim, hidden_dim=2048, bottleneck_dim=256, out_dim=2**16, slots=PAPERS):
+    def __init__(
+        self, in_dim, hidden_dim=2048, bottleneck_dim=256, out_dim=2**16, slots=PAPER_SLOTS
+    ):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU()
@@ -106,9 +100,7 @@ class ProjectionHead(nn.Module):
         self.l2_bottleneck = L2Bottleneck(hidden_dim, bottleneck_dim, out_dim, slots)
 
     def bottleneck(self, x):
-        """(B, in_dim) embeddings -> (B, bottleneck_dim) what the last layer sees: unit vectors in
-        the paper's form.
-        """
+        """(B, in_dim) embeddings -> (B, bottleneck_dim) what the last layer sees."""
         return self.l2_bottleneck.bottleneck(self.mlp(x))
 
     def forward(self, x):

@@ -1,5 +1,4 @@
-"""Random initialisation: of encoders, of the head, and of a student next to its teacher (paper
-section 3).
+"""Random initialisation of encoders, head, and a student next to its teacher (section 3).
 
 Every draw comes from an explicit ``torch.Generator``; ``random_stream`` names one for each purpose,
 so that changing one (the probe's, say) does not move another (the batch order). Nothing here
@@ -15,19 +14,16 @@ from torch import nn
 
 
 def random_stream(seed, *names):
-    """A CPU generator for the stream ``names`` (strings or integers) of ``seed``: equal arguments,
-    equal draws.
+    """A CPU generator for the stream ``names`` (strings or integers) of ``seed``.
+
+    Equal arguments give equal draws, in every process (Python's hash() would not).
     """
-    key = "/".join(str(part) for part in (seed, *names))
-    digest = hashlib.sha256(
-        key.encode()
-    ).digest()  # not hash(): that is salted anew in each process
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def init_encoder_(encoder, generator):
-    """Kaiming initialisation of all convolutions and linear layers, in place: N(0, 2 / fan_out),
-    biases 0.
+    """Kaiming initialisation, in place: N(0, 2 / fan_out) for all weights, biases 0.
 
     Norm layers start as the identity: gain 1, bias 0, running mean 0 and variance 1. Fan-out mode
     and the gain sqrt(2) are torchvision's for ResNet; the last norm gain of a residual branch is
@@ -55,8 +51,7 @@ def init_encoder_(encoder, generator):
 
 
 def init_head_(head, generator):
-    """Truncated normal with sigma = 0.02 for all weights of the head, biases 0, in place (App.
-    E.1).
+    """Truncated normal with sigma = 0.02 for the head's weights, biases 0, in place (App. E.1).
 
     The cut-off is torch's default of +-2, which is 100 sigma: DINO's initialisation and the
     authors', and in effect a normal.
@@ -71,13 +66,13 @@ def init_head_(head, generator):
 
 @torch.no_grad()
 def init_student_(student, teacher, alpha):
-    """theta_S(alpha) = ((1 - alpha) theta_T + alpha theta~) / delta, delta = sqrt(alpha^2 + (1 -
-    alpha)^2) (section 3).
+    """theta_S(alpha) = ((1 - alpha) theta_T + alpha theta~) / delta, in place (section 3).
 
-    ``student`` comes in as the fresh draw theta~ and leaves as theta_S(alpha). delta keeps the
-    variance of each weight for every alpha in [0, 1]. All parameters are mixed (so a batch norm's
-    gain, 1 in both, becomes 1 / delta); buffers keep their fresh values. In float32, alpha = 1e-10
-    leaves all but about 0.15 % of the entries equal to the teacher's.
+    ``student`` comes in as the fresh draw theta~ and leaves as theta_S(alpha).
+    delta = sqrt(alpha^2 + (1 - alpha)^2) keeps the variance of each weight for every alpha in
+    [0, 1]. All parameters are mixed (so a batch norm's gain, 1 in both, becomes 1 / delta); buffers
+    keep their fresh values. In float32, alpha = 1e-10 leaves all but about 0.15 % of the entries
+    equal to the teacher's.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")

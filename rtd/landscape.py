@@ -24,7 +24,7 @@ from rtd.last_layer import blocks, output_log_mean_exp
 from rtd.models import autocast
 from rtd.probes import probe
 
-LOSSES = ("kl", "ce", "mse", "student_entropy")
+MEASURES = ("kl", "ce", "mse", "student_entropy")
 BLOCK = 512  # outputs per block: five blocks for 256 images are 2.5 MB, about one core's cache
 
 
@@ -43,7 +43,7 @@ def teacher_side(z_t, weight_t):
 
 @torch.no_grad()
 def divergences(z, weight, z_t, weight_t, lme_t, entropy_t):
-    """Sums over images of KL, cross-entropy, MSE and student entropy (``LOSSES``): (4,).
+    """Sums over images of KL, cross-entropy, MSE and student entropy (``MEASURES``): (4,).
 
     z, z_t: (B, K) bottleneck vectors. weight, weight_t: (m, K) last layers, normalised. lme_t,
     entropy_t: ``teacher_side``.
@@ -135,7 +135,7 @@ class Landscape:
             features[name].append(f)
         means = torch.cat([total / len(self.images[name]) for name, total in totals.items()])
         values = means.tolist()  # the one time that a GPU is waited for
-        names = [f"{name}_{loss}" for name in totals for loss in LOSSES]
+        names = [f"{name}_{loss}" for name in totals for loss in MEASURES]
         row = {k: v if math.isfinite(v) else math.nan for k, v in zip(names, values, strict=True)}
         features = [torch.cat(parts) for parts in features.values()]
         return row | (probe(*features, self.data, probes, **options) if probes else {})

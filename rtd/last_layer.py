@@ -141,15 +141,13 @@ def _unit_rows(weight, norm, rows, out):
 def _forward_backward(
     z, weight, z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, workspace, with_grad
 ):
-    """Loss, diagnostics, dloss/dz and dloss/dweight; see ``last_layer_loss`` for the arguments.
-
-    Each pass works in place on two or three blocks, allocated once.
-    """
+    """Loss, diagnostics, dloss/dz and dloss/dweight; see ``last_layer_loss`` for the arguments."""
     m, batch, norm = len(weight), len(z), None
     if weight_norm:
         norm = weight.norm(dim=1, keepdim=True).clamp_min_(1e-12)  # F.normalize's eps
     slices = blocks(m, BLOCK, z.device)
     logits = workspace.empty("logits", (m, batch), z)
+    # each pass works in place on two or three blocks, allocated once
     block_a, block_b = z.new_empty(2, slices[0].stop, batch)
     block_unit = z.new_empty(slices[0].stop, z.shape[1])
 
@@ -193,8 +191,8 @@ def _forward_backward(
     def mean_over_images(log_mean_exp, inner):
         return (log_mean_exp - inner / m).mean() + math.log(m)
 
-    rest = value if kind == "mse" else kl
-    loss = mean_over_images(lme, value) if kind == "ce" else rest.mean() / m
+    distance = value if kind == "mse" else kl
+    loss = mean_over_images(lme, value) if kind == "ce" else distance.mean() / m
     extras = None, None, None
     if diagnostics:
         extras = kl.mean() / m, mean_over_images(lme_t, inner_t), mean_over_images(lme, inner_s)

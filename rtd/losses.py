@@ -26,49 +26,37 @@ import torch
 
 
 def log_mean_exp(logits, dim=-1):
-    """log(mean(exp(logits))) over ``dim``: the normaliser that stays near 0 for near-uniform
-    softmaxes.
-    """
+    """log(mean(exp(logits))) over ``dim``, which is near 0 for near-uniform softmaxes."""
     highest = logits.amax(dim, keepdim=True)
     return (highest + (logits - highest).exp().mean(dim, keepdim=True).log()).squeeze(dim)
 
 
 def exp_minus_one_minus(x):
-    """phi(x) = exp(x) - 1 - x to full relative precision: by its series where the difference would
-    cancel.
-    """
+    """phi(x) = exp(x) - 1 - x, by its series where the difference would cancel."""
     series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
     return torch.where(x.abs() < 0.05, series, torch.expm1(x) - x)
 
 
 def kl_terms(p_s, p_t, d):
-    """p_t phi(d) with d = log(p_s / p_t): the terms whose sum is the KL, also where exp(d)
-    overflows and p_t underflows.
+    """p_t phi(d) with d = log(p_s / p_t): the terms whose sum is the KL.
+
+    Far apart exp(d) may overflow and p_t underflow, but there the difference does not cancel.
     """
-    return torch.where(
-        d.abs() < 1, p_t * exp_minus_one_minus(d), p_s - p_t * (1 + d)
-    )  # far apart, nothing cancels
+    return torch.where(d.abs() < 1, p_t * exp_minus_one_minus(d), p_s - p_t * (1 + d))
 
 
 def cross_entropy(student_logits, teacher_logits):
     """H(p_t, p_s) of each image: two (..., m) tensors of logits -> (...), in nats."""
-    p_t = teacher_logits.softmax(-1)
-    return (
-        log_mean_exp(student_logits)
-        + math.log(student_logits.shape[-1])
-        - (p_t * student_logits).sum(-1)
-    )
+    inner = (teacher_logits.softmax(-1) * student_logits).sum(-1)
+    return log_mean_exp(student_logits) + math.log(student_logits.shape[-1]) - inner
 
 
 def kl_divergence(student_logits, teacher_logits):
-    """KL(p_t || p_s) of each image: two (..., m) tensors of logits -> (...), in nats; no
-    cancellation, never negative.
-    """
+    """KL(p_t || p_s) >= 0 of each image: two (..., m) tensors of logits -> (...), in nats."""
     log_ratio_s = student_logits - log_mean_exp(student_logits).unsqueeze(-1)
     log_ratio_t = teacher_logits - log_mean_exp(teacher_logits).unsqueeze(-1)
-    return kl_terms(
-        student_logits.softmax(-1), teacher_logits.softmax(-1), log_ratio_s - log_ratio_t
-    ).sum(-1)
+    p_s, p_t = student_logits.softmax(-1), teacher_logits.softmax(-1)
+    return kl_terms(p_s, p_t, log_ratio_s - log_ratio_t).sum(-1)
 
 
 def entropy(logits):

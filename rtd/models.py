@@ -1,5 +1,4 @@
-"""Encoders (paper section 3, Table 5) and the network that distillation trains: encoder, then
-projection head.
+"""Encoders (section 3, Table 5) and the network that is distilled: encoder, projection head.
 
 An encoder maps normalised images to an embedding, the representation that the probes judge:
 
@@ -30,7 +29,7 @@ import torch
 from torch import nn
 
 from rtd.errors import InputError
-from rtd.head import PAPERS, ProjectionHead
+from rtd.head import PAPER_SLOTS, ProjectionHead
 from rtd.init import init_encoder_, init_head_
 
 # torchvision is imported where it is used: that takes as long as torch, and --help needs none.
@@ -68,28 +67,20 @@ def _resnet(name, norm="batch"):
 
 
 def _narrow_resnet(blocks, norm="batch"):
-    """He et al. (2016), section 4.2: 3 stages of ``blocks`` blocks with 16, 32 and 64 channels; 6
-    blocks + 2 layers.
-    """
+    """3 stages of ``blocks`` blocks with 16, 32, 64 channels (He et al. 2016, section 4.2)."""
     from torchvision.models.resnet import BasicBlock
 
     norm = NORMS[norm]
-    layers = [
-        nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False),
-        norm(16),
-        nn.ReLU(inplace=True),
-    ]
-    width = 16
+    convolution = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
+    layers, width = [convolution, norm(16), nn.ReLU(inplace=True)], 16
     for planes in (16, 32, 64):
         for _ in range(blocks):
-            shortcut = None
+            stride, shortcut = 1, None
             if width != planes:
-                shortcut = nn.Sequential(
-                    nn.Conv2d(width, planes, 1, stride=2, bias=False), norm(planes)
-                )
-            layers.append(
-                BasicBlock(width, planes, 1 if shortcut is None else 2, shortcut, norm_layer=norm)
-            )
+                stride = 2
+                convolution = nn.Conv2d(width, planes, 1, stride, bias=False)
+                shortcut = nn.Sequential(convolution, norm(planes))
+            layers.append(BasicBlock(width, planes, stride, shortcut, norm_layer=norm))
             width = planes
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -109,12 +100,8 @@ def _vit(width, heads, image_size):
     return model
 
 
-VITS = {
-    "vit-tiny": (192, 3),
-    "vit-small": (384, 6),
-    "vit-medium": (512, 8),
-    "vit-base": (768, 12),
-}  # width, heads
+# width, heads
+VITS = {"vit-tiny": (192, 3), "vit-small": (384, 6), "vit-medium": (512, 8), "vit-base": (768, 12)}
 CONVOLUTIONAL = {
     **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
@@ -125,8 +112,7 @@ ENCODERS = (*CONVOLUTIONAL, *VITS)
 
 
 def build_encoder(encoder, norm=None, image_size=32):
-    """The encoder called ``encoder``, on the meta device: it has shapes, but no memory and no
-    values.
+    """The encoder called ``encoder``, on the meta device: it has shapes, but no values.
 
     norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in
     pixels. Raises InputError for names that are not in ``ENCODERS``, norms that do not go with them
@@ -157,9 +143,7 @@ def embedding_dim(encoder, image_size=32):
 
 
 class Network(nn.Module):
-    """Encoder and projection head, the f_theta that is teacher and student alike (section 3, App.
-    E.1).
-    """
+    """Encoder and projection head: f_theta of teacher and student alike (section 3, App. E.1)."""
 
     def __init__(self, encoder, head):
         super().__init__()
@@ -167,9 +151,7 @@ class Network(nn.Module):
         self.head = head
 
     def bottleneck(self, images):
-        """(B, 3, H, W) normalised images -> (B, K) what the head's last layer sees: unit vectors,
-        float32.
-        """
+        """(B, 3, H, W) normalised images -> (B, K) float32 that the head's last layer sees."""
         return self.head.bottleneck(self.encoder(images))
 
     def forward(self, images):
@@ -182,7 +164,7 @@ def build_network(
     out_dim=2**16,
     hidden_dim=2048,
     bottleneck_dim=256,
-    bottleneck=PAPERS,
+    bottleneck=PAPER_SLOTS,
     norm=None,
     image_size=32,
 ):
@@ -234,7 +216,5 @@ def autocast(device, precision):
 
 
 def parameter_count(module):
-    """Number of parameters; buffers (batch norm's running statistics) do not count, as in Table
-    5.
-    """
+    """Number of parameters, as in Table 5, without buffers such as running statistics."""
     return sum(p.numel() for p in module.parameters())

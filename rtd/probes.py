@@ -22,19 +22,19 @@ DISTANCES = 2**26  # how many the k-NN probe holds at a time on a GPU: 256 MB
 
 
 @torch.no_grad()
-def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32"):
+def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32", progress=iter):
     """(N, 3, H, W) uint8 images -> (N, D) float32 embeddings in eval mode.
 
     float32 images count as normalised already (``rtd.data.normalize``). Raises ValueError for those
     without a value below 0: normalised images have mean 0, so these must be pixels. The encoder's
-    mode is restored.
+    mode is restored. progress: an iterator over a list, which may say how far it is.
     """
     if images.is_floating_point() and images.min() >= 0:
         raise ValueError("float images must be normalised already, but these look like pixels")
     was_training = encoder.training
     encoder.eval()
     with autocast(images.device, precision):
-        batches = images.split(batch_size)
+        batches = progress(images.split(batch_size))
         features = torch.cat([encoder(normalize(x, mean, std)).float() for x in batches])
     encoder.train(was_training)
     return features

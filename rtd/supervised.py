@@ -1,5 +1,4 @@
-"""Supervised training from a given encoder, for lottery tickets and connectivity (section 6, App.
-E.5).
+"""Supervised training from a given encoder, for Figs. 8 and 9 (section 6, App. E.5).
 
 A fresh linear classifier ``fc`` goes on top of the encoder and both are trained with SGD: momentum
 0.9 (no Nesterov), weight decay 1e-4 on all parameters, learning rate 0.1, a tenth of it after half
@@ -21,9 +20,7 @@ MOMENTUM, WEIGHT_DECAY, PADDING = 0.9, 1e-4, 4
 
 
 def learning_rate(done, epochs, lr=0.1):
-    """lr after ``done`` of ``epochs`` epochs: a tenth of it from a half on, a hundredth from three
-    quarters on.
-    """
+    """lr after ``done`` of ``epochs`` epochs; it falls tenfold after 1/2 and after 3/4."""
     return lr * 0.1 ** ((2 * done >= epochs) + (4 * done >= 3 * epochs))
 
 
@@ -36,9 +33,7 @@ def sgd(classifier, lr):
 
 
 def draw_augmentation(n, generator):
-    """(n, 3) for n images: the crop's top and left in 0 ... 2 PADDING, and whether to flip (0 or
-    1).
-    """
+    """(n, 3): of each image the crop's top and left, in 0 ... 2 PADDING, and a flip, 0 or 1."""
     corners = torch.randint(2 * PADDING + 1, (n, 2), generator=generator)
     return torch.cat([corners, torch.randint(2, (n, 1), generator=generator)], 1)
 
@@ -76,15 +71,14 @@ class Classifier(nn.Module):
 def empty_classifier(architecture, num_classes):
     """``Classifier`` with the encoder ``build_encoder(**architecture)`` makes, without values."""
     encoder = build_encoder(**architecture)
-    with torch.device("meta"):
-        return Classifier(
-            encoder, nn.Linear(embedding_dim(encoder, architecture["image_size"]), num_classes)
-        )
+    width = embedding_dim(encoder, architecture["image_size"])
+    return Classifier(encoder, nn.Linear(width, num_classes, device="meta"))
 
 
 def build_classifier(architecture, encoder_state, num_classes, generator):
-    """``Classifier`` of an encoder's weights and buffers and a new fc: U(-1/sqrt(d), 1/sqrt(d)), d
-    its inputs.
+    """``Classifier`` of an encoder's state dict and a new fc.
+
+    Weights and biases of fc are U(-1/sqrt(d), 1/sqrt(d)) for d inputs, torch's default.
     """
     classifier = materialize(empty_classifier(architecture, num_classes))
     classifier.encoder.load_state_dict(encoder_state)
@@ -98,16 +92,12 @@ class SupervisedLoss(nn.Module):
     """Cross-entropy of a classifier on augmented training images, as one module to be trained."""
 
     def __init__(self, classifier, data, stream):
-        """data: a ``Dataset`` on the classifier's device. stream: seed and names of the run's
-        random numbers.
-        """
+        """data: a ``Dataset`` on the classifier's device. stream: seed and names of a stream."""
         super().__init__()
         self.classifier, self.data, self.stream = classifier, data, stream
 
     def begin_epoch(self, epoch):
-        """Draw the augmentation of ``epoch`` (from 1); row i is for image i, whatever the batch
-        order is.
-        """
+        """Draw the augmentation of ``epoch``, from 1; row i is for image i in any batch order."""
         generator = random_stream(*self.stream, "augmentation", epoch)
         draws = draw_augmentation(len(self.data.train), generator)
         self.draws = draws.to(self.data.train.images.device)
@@ -126,9 +116,7 @@ class SupervisedLoss(nn.Module):
 
 @torch.no_grad()
 def predict(classifier, images, mean, std, precision="fp32", batch_size=1000):
-    """(N, 3, H, W) uint8 images -> (N, classes) logits, in eval mode; the classifier's mode is
-    restored.
-    """
+    """(N, 3, H, W) uint8 images -> (N, classes) logits, in eval mode, which is then undone."""
     was_training = classifier.training
     classifier.eval()
     with autocast(images.device, precision):

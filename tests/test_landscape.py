@@ -11,7 +11,7 @@ from torch import nn
 from rtd import landscape, losses
 from rtd.data import Dataset, Split, normalize
 from rtd.init import init_encoder_, init_head_, init_student_
-from rtd.landscape import LOSSES, Landscape, asymmetry, divergences, norms, teacher_side
+from rtd.landscape import MEASURES, Landscape, asymmetry, divergences, norms, teacher_side
 from rtd.models import build_network, materialize
 from rtd.probes import extract_features, probe
 
@@ -19,7 +19,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def plain(s, t):
-    """The four losses of ``LOSSES`` between logits, of each image: (4, B)."""
+    """The four losses of ``MEASURES`` between logits, of each image: (4, B)."""
     return torch.stack(
         [
             losses.kl_divergence(s, t),
@@ -84,7 +84,7 @@ def test_a_point_is_the_mean_over_all_images(data, encoder_only):
         for split in ("train", "test"):
             x = normalize(getattr(data, split).images, MEAN, STD)
             s, t = ((n.encoder if encoder_only else n)(x).double() for n in (student, teacher))
-            found = [row[f"{split}_{name}"] for name in LOSSES]
+            found = [row[f"{split}_{name}"] for name in MEASURES]
             assert found == pytest.approx(plain(s, t).mean(1).tolist(), rel=2e-4)
 
 

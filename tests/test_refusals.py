@@ -39,12 +39,14 @@ distill --subset 5000                                 | --subset 5000 1347
 distill --test-subset 451                             | --test-subset 451 450
 distill --resume --overwrite                          | --resume --overwrite
 distill --dataset cifar10                             | --data-dir cifar10
-distill --dataset cifar10 --data-dir nowhere          | nowhere --download
-distill --dataset folder --data-dir nowhere           | --data-dir train
+distill --dataset cifar10 --data-dir nowhere          | --data-dir nowhere folder
+distill --dataset folder --data-dir nowhere           | --data-dir nowhere folder
 distill --dataset folder --data-dir other             | --data-dir train
+distill --dataset cifar10 --data-dir other            | other --download cifar-10-batches-py
+distill --dataset tinyimagenet --data-dir other       | other tiny-imagenet-200
 distill --dataset noise                               | --data-dir
-distill --dataset tinyimagenet --data-dir nowhere     | nowhere tiny-imagenet-200
-distill --dataset cifar5m --data-dir nowhere          | nowhere cifar-10-batches-py
+distill --dataset tinyimagenet --data-dir nowhere     | --data-dir nowhere folder
+distill --dataset cifar5m --data-dir nowhere          | --data-dir nowhere folder
 distill --download                                    | --download digits
 distill --bottleneck -/l/fn                           | --bottleneck -/l/fn -/lb/fn/wn/l/-
 distill --no-weight-norm --bottleneck -/lb/fn/wn/l/fn | --no-weight-norm --bottleneck

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -46,9 +47,11 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(flag, action="store_true", help=help)
                 return
             if help.startswith("*"):
+                self.epilog = "Flags marked * take several values."
                 more, default = more | {"nargs": "+"}, [default]
             if callable(kind):
-                more = {"type": kind, "metavar": getattr(kind, "metavar", None)} | more
+                metavar = {Path: "DIR", str: "PATH:NETWORK"}.get(kind) or kind.metavar
+                more = {"type": kind, "metavar": metavar} | more
             else:
                 more |= {"choices": kind, "metavar": "NAME"}
                 help += f" (one of {', '.join(kind)})"
@@ -84,8 +87,8 @@ image_side = _number(int, "a whole number of at least 32, up to 1024", lambda x:
 
 def add_data_flags(add, default="digits", datasets=LABELLED, star=""):
     """--dataset, --data-dir, --subset; star: "* " where they take several values."""
-    add("--dataset", datasets, default, f"{star}data set; digits needs no files, the others need --data-dir")
-    add("--data-dir", str, None, "folder that holds the data set, in torchvision's layout or as train/ and test/ trees")
+    add("--dataset", datasets, default, f"{star}data set; digits needs no files, the others need --data-dir" + ("" if default else "; that of the checkpoints by default"))
+    add("--data-dir", str, None, "folder that holds the data set, in torchvision's layout or as train/ and test/ trees", metavar="DIR")
     add("--subset", positive_int, None, f"{star}number of training images, class-balanced; all by default")
 
 
@@ -161,12 +164,12 @@ def parse(parser, argv, *distinct):
     return args
 
 
-def check_k(args, data, world):
+def check_k(args, data, world, batch_size=256):
     """Refuse a --k larger than the training split; note a linear probe of few steps."""
     n = len(data.train)
     if "knn" in args.probe and args.k > n:
         raise InputError(f"--k {args.k}: there are {n} training images; choose 1 to {n}")
-    steps = math.ceil(n / 256) * args.probe_epochs
+    steps = math.ceil(n / batch_size) * args.probe_epochs
     if "linear" in args.probe and steps < 500:
         world.say(
             f"note: the linear probe takes {steps} steps; below 500 it underfits, "
@@ -182,7 +185,6 @@ def load_data(args, world, other=None, probed=None):
     """
     if args.download and not {args.dataset, other} & set(DOWNLOADABLE):
         raise InputError(f"--download: {args.dataset} has no download")
-    world.say(f"reading {args.dataset}")
     subsets = args.subset, None if probed else args.test_subset
     where = args.dataset, args.data_dir, args.download, *subsets, args.image_size, probed
 
@@ -245,10 +247,9 @@ def run(main, args):
     except BaseException as error:
         code, message = _explain(error)
         if received:  # torch may turn what a signal raises into another error
-            code, message = (
-                128 + received[0],
-                "stopped" + "; --resume continues from the last save" * ("resume" in args),
-            )
+            code, message = 128 + received[0], "stopped"
+            if "resume" in args:
+                message += "; the same command with --resume goes on from the last save"
         elif message is None:
             raise
         everywhere = getattr(error, "everywhere", world is None)

@@ -66,6 +66,8 @@ def load_dataset(
         data = load_digits(image_size)
     elif data_dir is None:
         raise InputError(f"--dataset {name} needs --data-dir, the folder that holds it")
+    elif not (download or Path(data_dir).is_dir()):
+        raise InputError(f"--data-dir {data_dir}: there is no such folder")
     elif name == "cifar5m":
         if image_size != 32:
             raise InputError(f"--image-size {image_size}: cifar5m is read as it is, 32x32")

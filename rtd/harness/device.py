@@ -79,7 +79,8 @@ def describe(device, precision):
     """A few words on how a run computes, for logs."""
     words = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
-        words += f", {torch.get_num_threads()} threads"
+        n = torch.get_num_threads()
+        words += f", {n} thread" + "s" * (n > 1)
     if precision == "bf16" and lacks_bf16(device):
         precision += " (this processor has no instructions for it: fp32 is many times as fast)"
     return f"{words}, {precision}"

@@ -100,10 +100,8 @@ def save_state(path, kind, contents):
     """
     state = {"format": f"rtd-{kind}-{VERSION}", **contents}
     state["checksum"] = checksum(state)
-    with (
-        deferred(),
-        atomic_write(path) as file,
-    ):  # of a path, torch would store the temporary's name
+    # a file, as torch would store the name of a path, the temporary's
+    with deferred(), atomic_write(path) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch closes its file, which fails too and hides why

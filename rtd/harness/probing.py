@@ -1,5 +1,8 @@
 """Probes of a data set: all processes extract its features together, the main one judges them."""
 
+from functools import partial
+
+from rtd.harness.console import progress
 from rtd.probes import extract_features, flat_pixels, probe
 
 
@@ -13,14 +16,16 @@ def judge(encoder, data, args, world, name):
 
     encoder: None for the normalised pixels themselves. name: of the stream of random numbers.
     """
-    constants = data.mean, data.std
+    constants = {"mean": data.mean, "std": data.std}
+    shown = partial(progress, description=f"features of {name}", unit="batches")
+    options_ = {"precision": args.precision, "progress": shown}
 
     def embed(images):
-        return extract_features(encoder, images, *constants, precision=args.precision)
+        return extract_features(encoder, images, **constants, **options_)
 
     splits = [split.images for split in (data.train, data.test)]
     if encoder:
         features = [world.map_rows(embed, images) for images in splits]
     elif world.is_main:
-        features = [flat_pixels(images, *constants) for images in splits]
+        features = [flat_pixels(images, **constants) for images in splits]
     return probe(*features, data, name=name, **options(args)) if world.is_main else {}

@@ -104,9 +104,8 @@ class Run:
         old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
         if lost := {path.resolve() for path in old} & set(read):
             raise InputError(f"--overwrite would delete {min(lost)}, which this run reads; move it")
-        for pattern in map(
-            Path, (*products, "config.json")
-        ):  # and what ``atomic_write`` leaves if it is killed
+        # and what ``atomic_write`` leaves if it is killed
+        for pattern in map(Path, (*products, "config.json")):
             old += folder.glob(str(pattern.with_name(f".{pattern.name}.*.tmp")))
         for path in old:
             path.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import time
 import torch
 import torch.nn.functional as F
 
-from rtd.distill import weighted_mean
 from rtd.errors import Diverged
 from rtd.harness.console import progress
 from rtd.harness.device import tf32
@@ -33,9 +32,8 @@ class Training:
         self.count, self.stream = len(data.train), stream
         self.steps = -(-self.count // self.args.batch_size)  # of an epoch
         self.epoch, self.losses, self.observed = 0, [], []  # of the epoch being worked on, or done
-        self.images_per_second = (
-            None  # of all processes together, of what this session did of the last epoch
-        )
+        # of all processes together, of what this session did of the last epoch
+        self.images_per_second = None
         self.observed_steps = []
         if every := getattr(self.args, "log_every", None):
             every = min(every, max(1, (self.steps - 1) // 4))
@@ -112,7 +110,9 @@ class Training:
             self.observed.append(factor * torch.stack(more))
 
     def _mean(self, values, weights):
-        return self.world.average(weighted_mean(values, weights))
+        """Mean over dim 0 of ``values`` with ``weights`` (numbers), and over the processes."""
+        weights = torch.tensor(weights, device=values.device, dtype=values.dtype)
+        return self.world.average(torch.tensordot(weights / weights.sum(), values, dims=1))
 
     def _diverged(self):
         step = min(len(self.losses) + 1, self.steps)
