@@ -91,7 +91,7 @@ def main(args, device, world):
     specs = {f"--{axis}": getattr(args, axis.replace("-", "_")) for axis in AXES}
     origin, states, names = load_networks(specs)
     source = origin["data"]
-    args.dataset = args.dataset or source["name"]
+    args.dataset, args.encoder = args.dataset or source["name"], origin["model"]["encoder"]
     if args.dataset != source["name"]:
         raise InputError(
             f"--dataset {args.dataset}: {args.origin} was distilled on {source['name']}; give that"
@@ -221,7 +221,8 @@ def panel(path):
         if not sound or any(isinstance(x, str) for row in rows for x in row.values()):
             raise InputError(f"{file} holds no landscape, but nothing, or other than numbers")
     points = [point | {"name": str(point["name"])} for point in points]
-    title = ", ".join(filter(None, [flags.get("dataset"), f"{flags.get('plane', '')} plane"]))
+    known = [flags.get("encoder"), flags.get("dataset"), f"{flags.get('plane', '')} plane"]
+    title = ", ".join(filter(None, known))
     return {
         "rows": rows,
         "points": points,

@@ -6,8 +6,6 @@ error bars are one sample standard deviation. matplotlib is optional, so functio
 
 import contextlib
 import itertools
-import os
-import sys
 
 import numpy as np
 
@@ -47,12 +45,6 @@ PLANES = {"train_kl": "train KL, nats"} | {p: f"{name},\n{ACCURACY}" for p, name
 @contextlib.contextmanager
 def _style():
     """matplotlib's settings outside have no effect inside, and are left as they are."""
-    if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
-        import matplotlib
-
-        os.environ["MPLBACKEND"] = backend
-        with contextlib.suppress(ValueError):  # figures need no backend, so it may be unknown
-            matplotlib.rcParams["backend"] = backend
     from matplotlib import style
 
     with style.context(["default", STYLE]):
@@ -162,7 +154,7 @@ def curves(logs, title=""):
     _over_time(axes[-1], [(logs, LOOKS[0] | {"color": GREEN})], "kl", KL["kl"])
     for axis, probe in zip(axes, probed, strict=False):
         there = [[row for row in log if row[f"student_{probe}"] is not None] for log in logs]
-        for name, color in NETWORKS.items():
+        for name, color in reversed(NETWORKS.items()):  # the student on top
             lines = [(there, LOOKS[0] | color)]
             _over_time(axis, lines, f"{name.split()[0]}_{probe}", PROBES[probe])
     if probed:

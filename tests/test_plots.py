@@ -1,7 +1,6 @@
 """The figures: what they draw is what the rows hold, and what is drawn is named."""
 
 import io
-import os
 import subprocess
 import sys
 
@@ -80,7 +79,9 @@ def test_curves_are_mean_and_band_of_the_seeds_with_whole_epochs_and_readable_ti
     assert words(axis.title for axis in figure.axes)[:2] == ["linear probe", "k-NN probe"]
     for axis, probe in zip(figure.axes, ("linear", "knn"), strict=False):
         edges = np.concatenate([band.get_paths()[0].vertices for band in axis.collections])[:, 1]
-        for name, points in zip(NETWORKS, drawn(axis).values(), strict=True):
+        for name, points in zip(
+            reversed(NETWORKS), drawn(axis).values(), strict=True
+        ):  # student on top
             logs, column = FIGURES["curves"][0][0], f"{name.split()[0]}_{probe}"
             values = np.array([[row[column] for row in rows[::2]] for rows in logs])
             np.testing.assert_allclose(points, np.transpose([(0, 2, 4, 6), values.mean(0)]))
@@ -175,10 +176,10 @@ def test_same_data_give_same_bytes_nothing_global_changes_and_no_rows_are_refuse
         make(*nothing)
 
 
-def test_neither_pyplot_nor_a_backend_is_needed():
+def test_pyplot_is_not_needed():
     code = """if True:
-        import io, os, sys; from rtd import plots; assert "matplotlib" not in sys.modules
+        import io, sys; from rtd import plots; assert "matplotlib" not in sys.modules
         row = dict(init="a", sparsity=0, rewind_epoch=0, test_accuracy=1)
         plots.save(plots.imp([row], {"a": "student"}), io.BytesIO())
-        assert "matplotlib.pyplot" not in sys.modules and os.environ["MPLBACKEND"] == "foo" """
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"MPLBACKEND": "foo"})
+        assert "matplotlib.pyplot" not in sys.modules """
+    subprocess.run([sys.executable, "-c", code], check=True)
