@@ -287,13 +287,14 @@ def lmc(rows, kinds, title=""):
     treatments = sorted({row["bn"] for row in rows}, reverse=True)  # recompute before interpolate
     figure, axes = _figure(len(shown), title, 1.2, sharey=True)
     axes[0].set_ylabel("test error (%)")
+    several = len({(row["init"], row["i"], row["j"]) for row in rows}) > len(shown)
     looks = {}
-    for pair in (), ("init", "i", "j"):
+    for pair in [(), ("init", "i", "j")][: 1 + several]:
         lines = _samples(rows, "gamma", "test_error", "bn", "kind", *pair)
         for (bn, kind, *_), line in lines.items():
             look = {"linestyle": LOOKS[treatments.index(bn)]["linestyle"]}
             look["linewidth"] = 0.6 if pair else 2.2
-            label = "one pair" if pair else f"mean of {len(line[0])} pairs"
+            label = "one pair" if pair or not several else f"mean of {len(line[0])} pairs"
             looks[f"{label},\nbatch norm: {bn}"] = look | {"color": GREY}
             mean = {gamma: [np.mean(errors)] for gamma, errors in line.items()}
             axis = axes[shown.index(kind)]
