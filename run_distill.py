@@ -45,7 +45,7 @@ from rtd.head import PAPER_SLOTS, parse_slots
 from rtd.init import init_student_, random_stream
 from rtd.last_layer import LOSSES, LastLayerLoss
 from rtd.models import ENCODERS, NORMS, build_network, parameter_count, random_network
-from rtd.plots import PROBES, best_and_final, curves
+from rtd.plots import PROBE_TITLES, best_and_final, curves
 
 PROBED = tuple(sweeps.probe_columns(("linear", "knn")))
 COLUMNS = ("epoch", "step", *LastLayerLoss._fields, *sweeps.DISTANCES, *PROBED)
@@ -245,7 +245,9 @@ class Record:
         if self.run.save_is_due(epoch, epochs):
             self.save()
         self.run.table("log.csv", COLUMNS, self.rows)
-        more = "".join(f", {PROBES[probe]} {accuracy:.2f} %" for probe, accuracy in found.items())
+        more = "".join(
+            f", {PROBE_TITLES[probe]} {accuracy:.2f} %" for probe, accuracy in found.items()
+        )
         more += f", {speed:.0f} img/s" if epoch else ""
         self.run.say(
             f"epoch {epoch}/{epochs}: loss {row['loss']:.5f}, KL {row['kl']:.2e}, "
@@ -276,7 +278,7 @@ class Record:
             pixels, teacher = (self.rows[-1][f"{of}_{probe}"] for of in ("input", "teacher"))
             best, last = best_and_final(self.rows, f"student_{probe}")
             self.run.say(
-                f"{PROBES[probe]}, test accuracy in %: input pixels {pixels:.2f}, "
+                f"{PROBE_TITLES[probe]}, test accuracy in %: input pixels {pixels:.2f}, "
                 f"teacher {teacher:.2f}, student {last:.2f} (best epoch {best:.2f}), "
                 f"gain {last - teacher:+.2f}"
             )

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from rtd.errors import InputError
 from rtd.harness import cli, files
-from rtd.harness.checkpoint import NETWORKS, check_image_size, load_checkpoint, load_network
+from rtd.harness.checkpoint import ROLES, check_image_size, load_checkpoint, load_network
 from rtd.harness.probing import judge
 from rtd.harness.run import check_output, lock
 from rtd.harness.sweeps import plus_minus
 
-PROBED = (*NETWORKS, "input")
+PROBED = (*ROLES, "input")
 COLUMNS = ("checkpoint", "sha256", "epoch", "trained_on", "probed_on", "network", "linear", "knn")
 
 

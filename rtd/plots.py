@@ -33,13 +33,19 @@ LOOKS = (
     {"linestyle": ":", "marker": "^"},
     {"linestyle": "-.", "marker": "D"},
 )
-NETWORKS = {"student": {"color": BLUE}, "teacher": {"color": RED}, "input pixels": {"color": GREY}}
+FEATURES = {
+    "student": {"color": BLUE},
+    "teacher": {"color": RED},
+    "input pixels": {"color": GREY},
+}
 PARTS = {"encoder": {"color": BLUE}, "head": {"color": GREEN}}
-PROBES = {"linear": "linear probe", "knn": "k-NN probe"}
+PROBE_TITLES = {"linear": "linear probe", "knn": "k-NN probe"}
 ACCURACY = "test accuracy (%)"
 LABELS = {"kl": "KL(teacher || student), nats", "distance": "distance from the start"}
 KL = {"kl": "distillation loss"}
-PLANES = {"train_kl": "train KL, nats"} | {p: f"{name},\n{ACCURACY}" for p, name in PROBES.items()}
+MAP_LABELS = {"train_kl": "train KL, nats"} | {
+    p: f"{name},\n{ACCURACY}" for p, name in PROBE_TITLES.items()
+}
 
 
 @contextlib.contextmanager
@@ -140,7 +146,7 @@ def _probed(logs, first=0):
     """The probes that all ``logs`` have results of, from epoch ``first`` on."""
     if not logs or not all(logs):
         raise InputError("no picture is drawn: a run has no epoch in its log yet")
-    return [p for p in PROBES if all(_history([log], f"student_{p}", first) for log in logs)]
+    return [p for p in PROBE_TITLES if all(_history([log], f"student_{p}", first) for log in logs)]
 
 
 @_style()
@@ -154,11 +160,11 @@ def curves(logs, title=""):
     _over_time(axes[-1], [(logs, LOOKS[0] | {"color": GREEN})], "kl", KL["kl"])
     for axis, probe in zip(axes, probed, strict=False):
         there = [[row for row in log if row[f"student_{probe}"] is not None] for log in logs]
-        for name, color in reversed(NETWORKS.items()):  # the student on top
+        for name, color in reversed(FEATURES.items()):  # the student on top
             lines = [(there, LOOKS[0] | color)]
-            _over_time(axis, lines, f"{name.split()[0]}_{probe}", PROBES[probe])
+            _over_time(axis, lines, f"{name.split()[0]}_{probe}", PROBE_TITLES[probe])
     if probed:
-        _legend(axis, NETWORKS, len(logs))
+        _legend(axis, FEATURES, len(logs))
     return figure
 
 
@@ -225,9 +231,9 @@ def sweep(names, groups, title=""):
     names: the flags that vary, but for the seed. groups: {their values: [rows of each log.csv]}.
     """
     probed = _probed(sum(groups.values(), []), first=1)
-    times = {f"student_{p}": f"student, {PROBES[p]}" for p in probed[:1]} or KL
-    ends = {f"{PROBES[p]}, best epoch": f"{{}}_{p}" for p in probed}
-    return _sweep(names, groups, title, times, ends, NETWORKS)
+    times = {f"student_{p}": f"student, {PROBE_TITLES[p]}" for p in probed[:1]} or KL
+    ends = {f"{PROBE_TITLES[p]}, best epoch": f"{{}}_{p}" for p in probed}
+    return _sweep(names, groups, title, times, ends, FEATURES)
 
 
 @_style()
@@ -354,7 +360,7 @@ def landscapes(panels):
     if not all(panel["rows"] for panel in panels):
         raise InputError("no picture is drawn: a landscape has no points yet")
     rows = [row for panel in panels for row in panel["rows"]]
-    shown = [name for name in PLANES if any(row[name] is not None for row in rows)]
+    shown = [name for name in MAP_LABELS if any(row[name] is not None for row in rows)]
     title = "\n".join(dict.fromkeys(panel["title"] for panel in panels))
     figure, grid_of_axes = _figure(len(shown), title, 0, len(panels), "compressed")
     columns = "x", "y", *shown, "norm_total"
@@ -370,9 +376,9 @@ def landscapes(panels):
                 networks[row["x"], row["y"]] = f"${name}$"
         for axis, name, grid in zip(axes, shown, grids, strict=False):
             if 1 in grid.shape:
-                _cut(axis, xs, ys, grid, networks, PLANES[name])
+                _cut(axis, xs, ys, grid, networks, MAP_LABELS[name])
             elif np.isfinite(grid).any():
-                _map(axis, xs, ys, grid, grids[-1], networks, PLANES[name], panel["orthogonal"])
+                _map(axis, xs, ys, grid, grids[-1], networks, MAP_LABELS[name], panel["orthogonal"])
             else:
                 axis.set_axis_off()
     return figure

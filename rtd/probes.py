@@ -18,7 +18,7 @@ from rtd.init import random_stream
 from rtd.models import autocast
 
 PROBES = ("linear", "knn")
-DISTANCES = 2**26  # how many the k-NN probe holds at a time on a GPU: 256 MB
+CHUNK = 2**26  # distances that the k-NN probe holds at a time on a GPU: 256 MB
 
 
 @torch.no_grad()
@@ -96,12 +96,12 @@ def knn_probe_torch(train_x, train_y, test_x, test_y, k=20):
 
     It agrees with scikit-learn where no vote hangs on the rounding of distances, which is float32's
     relative to the features' deviation. Beside a centred copy of the features it holds
-    ``DISTANCES`` numbers at a time.
+    ``CHUNK`` distances at a time.
     """
     center = train_x.mean(0)  # moves no distance; a common offset would cost the difference digits
     train_x, test_x = train_x - center, test_x - center
     squares, hits, classes = train_x.square().sum(1), 0, int(train_y.max()) + 1
-    rows = max(1, DISTANCES // len(train_x))
+    rows = max(1, CHUNK // len(train_x))
     for query, label in zip(test_x.split(rows), test_y.split(rows), strict=True):
         distance = torch.addmm(squares, query, train_x.T, alpha=-2)  # (rows, N), less |q|^2
         neighbours = train_y[distance.topk(k, largest=False).indices]  # (rows, k) labels

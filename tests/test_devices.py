@@ -202,7 +202,7 @@ def test_a_point_of_a_landscape_is_waited_for_once_and_one_of_a_line_never():
 
 def test_knn_waits_twice_whatever_the_number_of_chunks(monkeypatch):
     x, y = torch.randn(600, 4, generator=torch.Generator().manual_seed(0)), torch.arange(600) % 3
-    monkeypatch.setattr(probes, "DISTANCES", 600 * 50)  # chunks of 50 images
+    monkeypatch.setattr(probes, "CHUNK", 600 * 50)  # chunks of 50 images
     assert waits(lambda: probes.knn_probe_torch(x, y, x, y)) == 2  # classes, hits
 
 

@@ -50,7 +50,7 @@ def test_knn_does_not_normalise(knn):
 @pytest.mark.parametrize("k", [1, 4, 20])
 def test_knn_by_torch_has_exactly_the_accuracy_of_scikit_learn(generator, monkeypatch, offset, k):
     """Also with many classes and even k, where votes are tied, and far from the origin."""
-    monkeypatch.setattr(probes, "DISTANCES", 64 * 900)  # several chunks, the last of them smaller
+    monkeypatch.setattr(probes, "CHUNK", 64 * 900)  # several chunks, the last of them smaller
     train_x, train_y, test_x, test_y = clusters(generator, 900, 100, classes=30, spread=3.0)
     data = train_x + offset, train_y, test_x + offset, test_y
     assert probes.knn_probe_torch(*data, k) == probes.knn_probe(*data, k)

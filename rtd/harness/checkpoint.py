@@ -19,7 +19,7 @@ from rtd.harness.device import describe
 from rtd.init import init_encoder_, random_stream
 from rtd.models import build_encoder, materialize, network_of, random_network
 
-NETWORKS = ("teacher", "student", "student-init")
+ROLES = ("teacher", "student", "student-init")
 SUPERVISED = "supervised"  # the kind of state file, and the network in it, that run_lmc.py saves
 
 
@@ -33,9 +33,9 @@ def load_network(checkpoint, which="student", device="cpu"):
 
     checkpoint: a path, or what ``load_checkpoint`` returned.
     """
-    if which not in NETWORKS:
+    if which not in ROLES:
         raise InputError(
-            f"'{which}' is no network of a checkpoint: choose one of {', '.join(NETWORKS)}"
+            f"'{which}' is no network of a checkpoint: choose one of {', '.join(ROLES)}"
         )
     if not isinstance(checkpoint, dict):
         checkpoint = load_checkpoint(checkpoint)
@@ -56,8 +56,8 @@ def path_of(spec):
 def load_spec(flag, spec, others=""):
     """PATH:NETWORK, given to ``flag`` -> (checkpoint, NETWORK); others: what else may be given."""
     path, colon, which = spec.rpartition(":")
-    if not path or not colon or which not in NETWORKS:
-        known = ", ".join(NETWORKS)
+    if not path or not colon or which not in ROLES:
+        known = ", ".join(ROLES)
         raise InputError(f"{flag} {spec}: give PATH:NETWORK, NETWORK one of {known}{others}")
     return load_checkpoint(path), which
 
