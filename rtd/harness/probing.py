@@ -16,16 +16,17 @@ def judge(encoder, data, args, world, name):
 
     encoder: None for the normalised pixels themselves. name: of the stream of random numbers.
     """
-    constants = {"mean": data.mean, "std": data.std}
+    constants = data.mean, data.std
     shown = partial(progress, description=f"features of {name}", unit="batches")
-    options_ = {"precision": args.precision, "progress": shown}
 
     def embed(images):
-        return extract_features(encoder, images, **constants, **options_)
+        return extract_features(
+            encoder, images, *constants, precision=args.precision, progress=shown
+        )
 
     splits = [split.images for split in (data.train, data.test)]
     if encoder:
         features = [world.map_rows(embed, images) for images in splits]
     elif world.is_main:
-        features = [flat_pixels(images, **constants) for images in splits]
+        features = [flat_pixels(images, *constants) for images in splits]
     return probe(*features, data, name=name, **options(args)) if world.is_main else {}
