@@ -96,7 +96,7 @@ def parse_args(argv=None):
     cli.add_output_flags(parser)
     add = parser.group("log")
     add("--probe-every", positive_int, 1, "epochs between two probes; the first and the last epoch are always probed")
-    add("--log-every", positive_int, 30, "steps between two that log KL and entropies; at least 5 an epoch do")
+    add("--log-every", positive_int, 30, "steps between two whose KL and entropies are logged; at least 5 steps of an epoch are")
     # fmt: on
     args = cli.parse(parser, argv, *sweeps.SWEPT)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"

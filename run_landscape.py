@@ -39,8 +39,8 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     # fmt: off
     add = parser.group("start with these")
-    add("--x-axis", str, None, "network at (1,0): PATH:student, PATH:student-init or PATH:teacher of a checkpoint")
-    add("--y-axis", str, None, "network at (0,1)")
+    add("--x-axis", str, None, "network at (1,0): PATH:student, PATH:student-init or PATH:teacher of a checkpoint; needed, but for --plot-only")
+    add("--y-axis", str, None, "network at (0,1); needed likewise")
     cli.add_data_flags(add, default=None)
     add("--out", Path, None, "folder of the run, runs/landscape by default; with --plot-only the picture")
     add("--plot-only", Path, None, "folders of landscapes to draw, one below the other, into --out; nothing is computed", nargs="+")

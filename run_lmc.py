@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add("--points", cli.positive_int, 50, "points of a line, ends included; 11 show a barrier as well")
     add("--bn-statistics", BATCH_NORM, "recompute",
         "* statistics of batch norm on the line: estimated anew from training images, or interpolated, which shows higher barriers")
-    add("--bn-batches", cli.positive_int, 20, "batches from which they are estimated")
+    add("--bn-batches", cli.positive_int, 20, "batches from which these statistics are estimated")
     add("--line-subset", cli.positive_int, None,
         "training images, class-balanced, for the training error on the line; 10,000 by default, or all of fewer")
     cli.add_training_flags(parser)

@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
                 more = {"type": kind, "metavar": metavar} | more
             else:
                 more |= {"choices": kind, "metavar": "NAME"}
-                help += f" (one of {', '.join(kind)})"
+                help += f" ({'any' if 'nargs' in more else 'one'} of {', '.join(kind)})"
             shown = ", ".join(map(str, default)) if isinstance(default, list) else default
             note = "" if shown in (None, "None") else f" (default: {shown})"
             group.add_argument(flag, default=default, help=(help + note).replace("%", "%%"), **more)
