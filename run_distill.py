@@ -33,7 +33,7 @@ from rtd.distill import (
 )
 from rtd.errors import InputError
 from rtd.harness import cli, sweeps
-from rtd.harness.checkpoint import load_teacher, source_of
+from rtd.harness.checkpoint import make_teacher, source_of
 from rtd.harness.cli import non_negative_float, non_negative_int, positive_float, positive_int
 from rtd.harness.console import progress
 from rtd.harness.datasets import DATASETS, LABELLED, fingerprints
@@ -113,7 +113,7 @@ def main(args, device, world):
         parse_slots(run.bottleneck)
         build_network(**model_of(run))
         if run.teacher:
-            load_teacher(run.teacher, model_of(run), run.seed)
+            make_teacher(run.teacher, model_of(run), run.seed)
     if not sweeps.varied(args):
         distill(planned[0], device, world)
     else:
@@ -132,7 +132,7 @@ def distill(args, device, world):
 
     # Teacher: a random network. Student: theta_S(alpha), next to it.
     model = model_of(args)
-    teacher, source = load_teacher(args.teacher, model, args.seed)
+    teacher, source = make_teacher(args.teacher, model, args.seed)
     data = data.with_normalization(source) if source else data
     probed = probed.with_normalization(source_of(data))
     student = random_network(random_stream(args.seed, "student-init"), **model)
@@ -167,7 +167,7 @@ def distill(args, device, world):
         if not args.ema:  # a teacher that moves is probed like the student
             record.baselines |= judge_as("teacher", teacher, "teacher")
     target = MovingTeacher(teacher, args.ema, args.teacher_temperature) if args.ema else None
-    target = target or ask(teacher, data, run)
+    target = target or cache_teacher(teacher, data, run)
     options = args.loss, args.student_temperature, args.beta, args.compile
     distiller = Distiller(student, target, data, *options)
     optimizer = adamw(student, args.lr, args.weight_decay, args.bias_decay)
@@ -185,7 +185,7 @@ def distill(args, device, world):
     world.in_main(record.report)
 
 
-def ask(teacher, data, run):
+def cache_teacher(teacher, data, run):
     """The ``FrozenTeacher``: images are not augmented, so its answer to an image never changes."""
     run.say(f"asking the teacher about {len(data.train)} images")
     shown = partial(progress, description="asking the teacher", unit="batches")

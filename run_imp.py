@@ -145,8 +145,9 @@ def run_chain(chain, data, run):
 
     for round_ in range(len(rows), args.rounds + 1):
         if len(training.accuracies) == args.epochs:  # the round before is over
-            # Prune the smallest of the trained weights. Rewind all else to the end of epoch l: weights,
-            # fc, batch norm's statistics, momentum; batches and augmentation repeat the first round's.
+            # Prune the smallest of the trained weights. Restore all as it was at the end of epoch l
+            # (weights, fc, batch norm's statistics, momentum), then zero what the new mask prunes.
+            # Batches and augmentation repeat the first round's.
             if chain.control:
                 masks = shuffled(kept[round_], weights, args.seed, round_)
             else:

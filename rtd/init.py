@@ -29,6 +29,8 @@ def init_encoder_(encoder, generator):
     and the gain sqrt(2) are torchvision's for ResNet; the last norm gain of a residual branch is
     not zeroed. In a ViT, query, key and value are a linear layer each; the class token starts at 0
     and the position embedding as N(0, 0.02^2), torchvision's.
+
+    Raises ValueError for other layers with parameters, which would keep what stood in their memory.
     """
     kaiming_ = partial(
         nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu", generator=generator
@@ -47,6 +49,8 @@ def init_encoder_(encoder, generator):
             nn.init.normal_(module.encoder.pos_embedding, std=0.02, generator=generator)
         elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             module.reset_parameters()  # draws nothing
+        elif [*module.parameters(recurse=False)] and not hasattr(module, "pos_embedding"):
+            raise ValueError(f"{type(module).__name__} has parameters that nobody initialises")
     return encoder
 
 

@@ -76,6 +76,11 @@ def test_every_parameter_and_buffer_is_written():
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+def test_a_layer_that_is_not_known_is_refused(generator):
+    with pytest.raises(ValueError, match="PReLU"):
+        init_encoder_(nn.Sequential(nn.PReLU()), generator)
+
+
 def test_student_at_the_ends_of_alpha_is_the_teacher_or_the_fresh_draw():
     teacher, fresh = small(0), small(1)
     for alpha, source in ((0.0, teacher), (1.0, fresh)):

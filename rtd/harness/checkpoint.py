@@ -71,7 +71,7 @@ def check_image_size(what, model, data):
         )
 
 
-def load_teacher(spec, model, seed):
+def make_teacher(spec, model, seed):
     """(teacher, its normalisation): a random network and None, or what ``spec`` names.
 
     spec: None; PATH:NETWORK of a distillation; or PATH:supervised, an encoder that run_lmc.py

@@ -101,7 +101,9 @@ class Training:
             # on a GPU, reading the loss would wait for the step: there the epoch's end finds out
             if self.device.type == "cpu" and self.world.size == 1 and not loss.isfinite():
                 self._diverged()
-            self.optimizer.zero_grad()  # not before: the memory would go back to the system
+            # what the loss has not dropped itself; earlier, the memory that its forward pass needs
+            # would go back to the system
+            self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
         self.loss.after_step()
@@ -171,7 +173,8 @@ class SupervisedTraining(Training):
     def epochs(self, save):
         """Train to the end of the schedule, test after each epoch, ``save()`` where it is due.
 
-        Yields how many epochs are done: at once, and after each further one before it is saved.
+        Yields how many epochs are done: at once, and after each further one before it is saved, so
+        that what the caller notes at the yield is in the file.
         """
         args = self.args
         yield len(self.accuracies)
