@@ -18,7 +18,6 @@ STYLE = {
     "axes.spines.top": False,
     "font.size": 9.5,
     "legend.frameon": False,
-    "legend.loc": "upper left",
     "lines.markersize": 5,
     "savefig.bbox": "tight",
     "savefig.dpi": 130,
@@ -63,21 +62,22 @@ def save(figure, file, format="png"):
     figure.savefig(file, format=format, metadata=dict.fromkeys(FORMATS[format].split()))
 
 
-def _figure(columns, title, legends=0, rows=1, layout="constrained", **options):
-    """(figure, its rows x columns axes in a flat array), with room for legends beside axes."""
+def _figure(columns, title, rows=1, layout="constrained", width=3.6, **options):
+    """(figure, its rows x columns axes in a flat array), with room for a legend on the right."""
     from matplotlib.figure import Figure
 
-    figure = Figure((3.6 * columns + 2 * legends, 3.4 * rows), layout=layout)
+    figure = Figure((width * columns + 2 * (layout == "constrained"), 3.4 * rows), layout=layout)
     figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
-def _legend(axis, looks, seeds=1):
-    """A legend of ``looks``, {label: look of a line}, on the right of ``axis``, off the data."""
-    for label, look in looks.items():
-        axis.plot([], [], label=label, **look)
+def _legend(figure, looks, seeds=1, place="center"):
+    """A legend of ``looks``, {label: look of a line}, on the right of all axes, off the data."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], label=label, **look) for label, look in looks.items()]
     title = f"mean and standard\ndeviation, n = {seeds}" if seeds > 1 else None
-    axis.legend(bbox_to_anchor=(1, 1), title=title)
+    figure.legend(handles=lines, title=title, loc=f"outside right {place}")
 
 
 def _line(axis, samples, **look):
@@ -156,7 +156,7 @@ def curves(logs, title=""):
     logs: the rows of log.csv of each seed.
     """
     probed = _probed(logs)
-    figure, axes = _figure(len(probed) + 1, title, 1)
+    figure, axes = _figure(len(probed) + 1, title)
     _over_time(axes[-1], [(logs, LOOKS[0] | {"color": GREEN})], "kl", KL["kl"])
     for axis, probe in zip(axes, probed, strict=False):
         there = [[row for row in log if row[f"student_{probe}"] is not None] for log in logs]
@@ -164,7 +164,7 @@ def curves(logs, title=""):
             lines = [(there, LOOKS[0] | color)]
             _over_time(axis, lines, f"{name.split()[0]}_{probe}", PROBE_TITLES[probe])
     if probed:
-        _legend(axis, FEATURES, len(logs))
+        _legend(figure, FEATURES, len(logs))
     return figure
 
 
@@ -175,7 +175,7 @@ def _text(value):
 
 def _sweep(names, groups, title, times, ends, parts):
     """A panel over time for each of ``times``, {column: title}, and one against the last flag for
-    each of ``ends``, {title: columns}, of the best accuracies or final distances of ``parts``.
+    each of ``ends``, {title: columns}, of the final accuracies or distances of ``parts``.
 
     The last flag is the colour over time. The others are line style and marker everywhere.
     """
@@ -198,18 +198,20 @@ def _sweep(names, groups, title, times, ends, parts):
         for key, look in looks.items()
         if key
     }
-    figure, axes = _figure(len(times) + len(ends), title, 2)
+    figure, axes = _figure(len(times) + len(ends), title)
     lines = [(logs, looks[k[:-1]] | {"color": colors[k[-1]]}) for k, logs in groups.items()]
     for axis, panel in zip(axes, times.items(), strict=False):
         _over_time(axis, lines, *panel)
     seen = {f"{last} = {_text(value)}": {"color": color} for value, color in colors.items()}
-    _legend(axis, seen | legend, max(map(len, groups.values())))
+    _legend(figure, seen | legend, max(map(len, groups.values())), "upper")
     bare = {} if numbers else {"linestyle": ""}  # no line joins categories
+    labels = [_text(value) for value in values]
+    slanted = {"rotation": 30, "ha": "right"} if len("".join(labels)) > 30 else {}
     for axis, (heading, columns) in zip(axes[len(times) :], ends.items(), strict=True):
         for (name, color), (series, look) in itertools.product(parts.items(), looks.items()):
             column = columns.format(name.split()[0])
             found = {
-                places[key[-1]]: [best_and_final(log, column)["distance" in column] for log in logs]
+                places[key[-1]]: [best_and_final(log, column)[1] for log in logs]
                 for key, logs in groups.items()
                 if key[:-1] == series
             }
@@ -217,22 +219,23 @@ def _sweep(names, groups, title, times, ends, parts):
         if numbers and last != "alpha":  # sizes and learning rates vary by factors
             axis.set_xscale("log")
         axis.minorticks_off()
-        axis.set_xticks(list(places.values()), map(_text, values), rotation=30, ha="right")
+        axis.set_xticks(list(places.values()), labels, **slanted)
         axis.set(title=heading, xlabel=last, ylabel=_label(columns))
     if ends:
-        _legend(axis, {part: LOOKS[0] | color | bare for part, color in parts.items()} | legend)
+        shown = {part: LOOKS[0] | color | bare for part, color in parts.items()}
+        _legend(figure, shown, place="lower")
     return figure
 
 
 @_style()
 def sweep(names, groups, title=""):
-    """Figs. 3, 4, 10, 11, 12, Table 5: the student over time, and both probes' best values.
+    """Figs. 3, 4, 10, 11, 12, Table 5: the student over time, and both probes' final values.
 
     names: the flags that vary, but for the seed. groups: {their values: [rows of each log.csv]}.
     """
     probed = _probed(sum(groups.values(), []), first=1)
     times = {f"student_{p}": f"student, {PROBE_TITLES[p]}" for p in probed[:1]} or KL
-    ends = {f"{PROBE_TITLES[p]}, best epoch": f"{{}}_{p}" for p in probed}
+    ends = {f"{PROBE_TITLES[p]}, final epoch": f"{{}}_{p}" for p in probed}
     return _sweep(names, groups, title, times, ends, FEATURES)
 
 
@@ -260,7 +263,7 @@ def imp(rows, kinds, title=""):
     rows = [row | {"left": 100 * (1 - row["sparsity"])} for row in _of_kinds(rows, kinds)]
     chains = _samples(rows, "left", "test_accuracy", "kind", "rewind_epoch", "control")
     rewinds, looks = sorted({rewind for _, rewind, _ in chains}), {}
-    figure, (axis,) = _figure(1, title, 1.5)
+    figure, (axis,) = _figure(1, title, width=5)
     for (kind, rewind, control), chain in chains.items():
         look = LOOKS[rewinds.index(rewind) % len(LOOKS)] | {"color": KINDS[kind]}
         label = f"{kind}, rewound to epoch {rewind}"
@@ -277,7 +280,7 @@ def imp(rows, kinds, title=""):
     left = sorted({row["left"] for row in rows})
     axis.set_xticks(left[:: -max(1, round(len(left) / 8))])  # at rounds
     axis.xaxis.set_major_formatter("{x:.3g}")
-    _legend(axis, looks)
+    _legend(figure, looks)
     return figure
 
 
@@ -291,7 +294,7 @@ def lmc(rows, kinds, title=""):
     rows = _of_kinds(rows, kinds)
     shown = list(dict.fromkeys(row["kind"] for row in rows))
     treatments = sorted({row["bn"] for row in rows}, reverse=True)  # recompute before interpolate
-    figure, axes = _figure(len(shown), title, 1.2, sharey=True)
+    figure, axes = _figure(len(shown), title, sharey=True)
     axes[0].set_ylabel("test error (%)")
     several = len({(row["init"], row["i"], row["j"]) for row in rows}) > len(shown)
     looks = {}
@@ -306,7 +309,7 @@ def lmc(rows, kinds, title=""):
             axis = axes[shown.index(kind)]
             _line(axis, mean, color=KINDS[kind], **look)
             axis.set(title=kind, xlabel="position gamma on the line\nbetween two runs")
-    _legend(axes[-1], looks)
+    _legend(figure, looks)
     return figure
 
 
@@ -362,7 +365,7 @@ def landscapes(panels):
     rows = [row for panel in panels for row in panel["rows"]]
     shown = [name for name in MAP_LABELS if any(row[name] is not None for row in rows)]
     title = "\n".join(dict.fromkeys(panel["title"] for panel in panels))
-    figure, grid_of_axes = _figure(len(shown), title, 0, len(panels), "compressed")
+    figure, grid_of_axes = _figure(len(shown), title, len(panels), "compressed")
     columns = "x", "y", *shown, "norm_total"
     for axes, panel in zip(grid_of_axes.reshape(len(panels), -1), panels, strict=True):
         x, y, *found = np.array([[row[c] for c in columns] for row in panel["rows"]], float).T
