@@ -279,7 +279,7 @@ class Record:
             best, last = best_and_final(self.rows, f"student_{probe}")
             self.run.say(
                 f"{PROBE_TITLES[probe]}, test accuracy in %: input pixels {pixels:.2f}, "
-                f"teacher {teacher:.2f}, student {last:.2f} (best epoch {best:.2f}), "
+                f"teacher {teacher:.2f}, student {last:.2f} (best from epoch 1 on {best:.2f}), "
                 f"gain {last - teacher:+.2f}"
             )
 

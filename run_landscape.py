@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--plane", PLANES, "interpolation", "coordinates: interpolation has the three networks at (0,0), (1,0), (0,1), as in Fig. 5; "
         "orthogonal has true distances and angles, as in Figs. 13 to 16")
     for axis in "xy":
-        add(f"--{axis}-range", str, None, f"N points in {axis}; 25 around the three networks by default", nargs=3, metavar=("MIN", "MAX", "N"))
+        add(f"--{axis}-range", cli.finite_float, None, f"N points in {axis}; 25 around the three networks by default", nargs=3, metavar=("MIN", "MAX", "N"))
     add("--encoder-only", bool, False, "loss between softmaxed embeddings, without the heads (Figs. 15, 16)")
     add("--bn-statistics", ("interpolate", "recompute"), "interpolate", "statistics of batch norm at each point")
     add("--batch-size", cli.positive_int, 256, "images per forward pass; it changes no number but round-off")
@@ -64,25 +64,16 @@ def parse_args(argv=None):
     for axis in "xy":
         if not args.plot_only and getattr(args, f"{axis}_axis") is None:
             parser.error(f"--{axis}-axis is missing: a plane goes through three networks")
-        if words := getattr(args, f"{axis}_range"):
-            setattr(args, f"{axis}_range", parse_range(parser, f"--{axis}-range", words))
+        if given := getattr(args, f"{axis}_range"):
+            low, high, n = given
+            if not (-1e9 < low <= high < 1e9 and n in range(1, 10_001) and (low < high or n == 1)):
+                parser.error(
+                    f"--{axis}-range: give MIN, a larger MAX and how many points, as -1 2 25"
+                )
+            setattr(args, f"{axis}_range", [low + 0.0, high, int(n)])  # a CSV has no -0
     if args.origin is None and args.x_axis:
         args.origin = f"{path_of(args.x_axis)}:teacher"
     return args
-
-
-def parse_range(parser, flag, words):
-    """["MIN", "MAX", "N"] -> [min, max, n]; one point may have MIN = MAX."""
-    try:
-        low, high, n = float(words[0]), float(words[1]), int(words[2])
-        if not (-1e9 < low <= high < 1e9 and 1 <= n <= 10_000 and (low < high or n == 1)):
-            raise ValueError
-    except ValueError:
-        parser.error(
-            f"{flag} {' '.join(words)}: give two numbers, the smaller first, and "
-            "how many points, such as -1 2 25"
-        )
-    return [low + 0.0, high, n]  # -0 would be read back from the CSV as 0
 
 
 def main(args, device, world):

@@ -78,7 +78,9 @@ def main(args, device, world):
                 values = judge_pixels(normalised.mean, normalised.std)
             else:
                 encoder = load_network(contents, network, device).encoder
-                values = judge(encoder, normalised, args, world, network)
+                # the random numbers of log.csv, so that its values come out again
+                streams = {"student-init": "student-0", "student": f"student-{contents['epoch']}"}
+                values = judge(encoder, normalised, args, world, streams.get(network, network))
             row = dict(zip(COLUMNS, (*origin, network, None, None), strict=True))
             rows.append(row | values)
             if world.is_main:
@@ -99,6 +101,7 @@ def say_table(args, rows, name, world):
     """Mean and standard deviation over the checkpoints, a line for each network."""
     n = len(args.checkpoints)
     over = f", mean +- std over {n} checkpoints" if n > 1 else ""
+    name += f" {args.data_dir}" * (name == "folder")
     world.say(f"test accuracy on {name}, %{over}")
     world.say(f"{'':<14}" + "".join(f"{probe:>18}" for probe in args.probe))
     for network in dict.fromkeys(row["network"] for row in rows):

@@ -8,8 +8,6 @@ parameters. On the line these can be interpolated too, or estimated anew from tr
 ("recompute"): activations of a mixture of two networks are not mixtures of theirs.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -65,11 +63,6 @@ def recompute_batch_norm_(network, images, mean, std, batch_size=256):
     estimate_batch_norm_(network, (normalize(batch, mean, std) for batch in batches))
 
 
-def _dot(u, v):
-    """Inner product of two lists of tensors."""
-    return sum(torch.dot(a, b).item() for a, b in zip(u, v, strict=True))
-
-
 class Plane:
     """The plane through three networks, with coordinates (x, y) and theta_0 at (0, 0).
 
@@ -87,20 +80,17 @@ class Plane:
         Raises ValueError where the three lie on one line.
         """
         self.states, self.basis = list(states), torch.eye(2, dtype=torch.float64)
-        theta = states[0]
+        start, *ends = ([state[name].cpu().double() for name in names] for state in states)
         d1, d2 = (
-            [(s[n].cpu().double() - theta[n].cpu().double()).flatten() for n in names]
-            for s in states[1:]
+            torch.cat([(b - a).flatten() for a, b in zip(start, end, strict=True)]) for end in ends
         )
-        g11 = _dot(d1, d1)
         # Gram-Schmidt: e1 = d1 / |d1|, e2 = rest / |rest| with rest = d2 - slope d1
-        slope = _dot(d1, d2) / g11 if g11 > 0 else 0.0
-        rest = [b - slope * a for a, b in zip(d1, d2, strict=True)]
-        height = _dot(rest, rest)  # not |d2|^2 - slope <d1, d2>, which can cancel
-        if not (g11 > 0 and height > 1e-10 * _dot(d2, d2)):
+        slope = (d1 @ d2) / (d1 @ d1)
+        rest = d2 - slope * d1  # |rest|^2 is not |d2|^2 - slope <d1, d2>, which can cancel
+        n1, n2 = d1.norm().item(), rest.norm().item()
+        if not (n1 > 0 and n2 > 1e-5 * d2.norm()):
             raise ValueError("the three networks lie on one line and span no plane")
         if kind == "orthogonal":
-            n1, n2 = math.sqrt(g11), math.sqrt(height)
             self.basis = torch.tensor([[1 / n1, -slope / n2], [0, 1 / n2]], dtype=torch.float64)
 
     def to(self, device):

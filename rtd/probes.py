@@ -8,6 +8,7 @@ baseline puts the flattened, normalised pixels through the same two probes.
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ CHUNK = 2**26  # distances that the k-NN probe holds at a time on a GPU: 256 MB
 
 @torch.no_grad()
 def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32", progress=iter):
-    """(N, 3, H, W) uint8 images -> (N, D) float32 embeddings in eval mode.
+    """(N, 3, H, W) uint8 images -> (N, D) float32 outputs of ``encoder`` in eval mode.
 
     float32 images count as normalised already (``rtd.data.normalize``). Raises ValueError for those
     without a value below 0: normalised images have mean 0, so these must be pixels. The encoder's
@@ -86,7 +87,10 @@ def knn_probe(train_x, train_y, test_x, test_y, k=20):
         return knn_probe_torch(train_x, train_y, test_x, test_y, k)
     from sklearn.neighbors import KNeighborsClassifier  # here, as importing it takes a second
 
-    classifier = KNeighborsClassifier(k, algorithm="brute").fit(train_x.numpy(), train_y.numpy())
+    classifier = KNeighborsClassifier(k, algorithm="brute")
+    with warnings.catch_warnings():  # that there are many classes for so few images
+        warnings.simplefilter("ignore", UserWarning)
+        classifier.fit(train_x.numpy(), train_y.numpy())
     return 100 * classifier.score(test_x.numpy(), test_y.numpy())
 
 

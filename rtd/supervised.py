@@ -112,14 +112,3 @@ class SupervisedLoss(nn.Module):
         with autocast(images.device, precision):
             logits = self.classifier(normalize(images, data.mean, data.std))
         return (F.cross_entropy(logits, data.train.labels[index]),)
-
-
-@torch.no_grad()
-def predict(classifier, images, mean, std, precision="fp32", batch_size=1000):
-    """(N, 3, H, W) uint8 images -> (N, classes) logits, in eval mode, which is then undone."""
-    was_training = classifier.training
-    classifier.eval()
-    with autocast(images.device, precision):
-        logits = [classifier(normalize(x, mean, std)) for x in images.split(batch_size)]
-    classifier.train(was_training)
-    return torch.cat(logits)

@@ -79,6 +79,7 @@ def _number(kind, description, accept):
 # fmt: off
 positive_int = _number(int, "a whole number of at least 1, below 2^31", lambda x: 1 <= x < 2**31)
 non_negative_int = _number(int, "a whole number of at least 0, below 2^31", lambda x: 0 <= x < 2**31)
+finite_float = _number(float, "a number", math.isfinite)
 positive_float = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = _number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
 unit_interval = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)

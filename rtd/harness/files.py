@@ -120,14 +120,10 @@ def load_state(path, kind, mmap=True):
     with reading(path, expected), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that no state file holds
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        name, _, version = str(state["format"]).rpartition("-")
-        if name != f"rtd-{kind}":
-            raise InputError(f"{path} is not {expected}, its format is {state['format']}")
-        if version != str(VERSION):
-            age = "an older" if int(version) < VERSION else "a newer"
+        if state["format"] != (wanted := f"rtd-{kind}-{VERSION}"):
             raise InputError(
-                f"{path} was made by {age} version of rtd (its format is {version}, here it is "
-                f"{VERSION}): use that version, or make the file again"
+                f"{path} is not {expected}, or another version of rtd made it: its format is "
+                f"{state['format']}, not {wanted}"
             )
         if state["checksum"] != checksum({k: v for k, v in state.items() if k != "checksum"}):
             raise InputError(f"{path} is damaged: its checksum does not fit its contents")

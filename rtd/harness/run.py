@@ -1,7 +1,6 @@
 """The folder of one run: refused if it holds another one, locked, continued exactly by --resume."""
 
 import copy
-import importlib.util
 import json
 import os
 import shutil
@@ -225,9 +224,6 @@ class Run:
 
 def draw(path, say, make, *arguments):
     """Draw the figure ``make(*arguments)`` into a file; what fails there costs no result."""
-    if importlib.util.find_spec("matplotlib") is None:
-        say(f"{path.name} is not drawn: matplotlib is missing (pip install -e '.[full]')")
-        return
     try:
         figure = make(*arguments)
         with files.atomic_write(path) as file:
@@ -235,6 +231,6 @@ def draw(path, say, make, *arguments):
         say(f"picture: {path}")
     except Exception as error:  # matplotlib may fail in any way; all numbers are written already
         say(
-            f"{path.name} is not drawn ({files.one_line(error)}); the numbers stand, and the same "
-            "command with --resume draws it again"
+            f"{path.name} is not drawn ({files.one_line(error)}); the numbers stand. With "
+            "matplotlib, pip install -e '.[full]', the same command and --resume draw it"
         )

@@ -11,7 +11,8 @@ from rtd.harness.console import progress
 from rtd.harness.device import tf32
 from rtd.harness.signals import Stopped, deferred
 from rtd.init import random_stream
-from rtd.supervised import SupervisedLoss, build_classifier, learning_rate, predict, sgd
+from rtd.probes import extract_features
+from rtd.supervised import SupervisedLoss, build_classifier, learning_rate, sgd
 
 
 class Training:
@@ -145,8 +146,8 @@ def evaluate(classifier, split, data, precision, world):
     data: the ``Dataset`` whose normalisation the images get.
     """
 
-    def answer(images):
-        return predict(classifier, images, data.mean, data.std, precision)
+    def answer(images):  # a classifier's features are its logits
+        return extract_features(classifier, images, data.mean, data.std, 1000, precision)
 
     logits = world.map_rows(answer, split.images)
     accuracy = 100 * (logits.argmax(1) == split.labels).sum().item() / len(split)
