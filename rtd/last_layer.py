@@ -138,6 +138,14 @@ def _unit_rows(weight, norm, rows, out):
     return torch.div(weight[rows], norm[rows], out=out[: rows.stop - rows.start])
 
 
+def _diagnostics(s, t, lme, lme_t):
+    """m times the sums over a block of KL terms, p_t t and p_s s; s, t: (block, B) -> (3, B)."""
+    ratio_s, ratio_t = s - lme, t - lme_t  # log(m p_s), log(m p_t)
+    p_s, p_t = ratio_s.exp(), ratio_t.exp()  # times m, as everywhere here
+    terms = kl_terms(p_s, p_t, ratio_s.sub_(ratio_t)), p_t.mul_(t), p_s.mul_(s)
+    return torch.stack([term.sum(0) for term in terms])
+
+
 def _forward_backward(
     z, weight, z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, workspace, with_grad
 ):
@@ -160,17 +168,13 @@ def _forward_backward(
     if with_grad:
         grad_z, grad_weight = torch.zeros_like(z), workspace.empty("gradient", weight.shape, weight)
     # sums over outputs for each image; value: of m p_t s (ce) or (s - t)^2 (mse)
-    value, kl, inner_t, inner_s = (torch.zeros_like(lme) for _ in range(4))
+    value, diagnosed = torch.zeros_like(lme), z.new_zeros(3, batch)
     for rows in slices:
         s = logits[rows]  # (block, B), which turns into m (p_s - p_t), the gradient for s, below
         t = _logits(weight_t[rows], z_t, dtype, out=block_a[: len(s)])
         product = block_b[: len(s)]
         if diagnostics or kind == "kl":
-            ratio_s, ratio_t = s - lme, t - lme_t  # log(m p_s), log(m p_t)
-            p_s, p_t = ratio_s.exp(), ratio_t.exp()  # times m, as everywhere here
-            kl += kl_terms(p_s, p_t, ratio_s.sub_(ratio_t)).sum(0)
-            inner_t += p_t.mul_(t).sum(0)
-            inner_s += p_s.mul_(s).sum(0)
+            diagnosed += _diagnostics(s, t, lme, lme_t)
         if kind == "mse":
             grad = s.sub_(t)
             value += torch.mul(grad, grad, out=product).sum(0)
@@ -191,6 +195,7 @@ def _forward_backward(
     def mean_over_images(log_mean_exp, inner):
         return (log_mean_exp - inner / m).mean() + math.log(m)
 
+    kl, inner_t, inner_s = diagnosed
     distance = value if kind == "mse" else kl
     loss = mean_over_images(lme, value) if kind == "ce" else distance.mean() / m
     extras = None, None, None
