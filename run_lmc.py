@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from rtd import plots
-from rtd.data import take
+from rtd.data import normalize, take
 from rtd.errors import InputError
 from rtd.harness import cli
 from rtd.harness.checkpoint import SUPERVISED, load_starts, say_starts, source_of
@@ -152,7 +152,8 @@ def walk(start, a, b, data, run):
         network.load_state_dict(interpolate(*ends, gamma))
         if bn == "recompute":
             with autocast(run.device, args.precision):
-                recompute_batch_norm_(network, images, data.mean, data.std, args.batch_size)
+                batches = images.split(args.batch_size)
+                recompute_batch_norm_(network, (normalize(x, data.mean, data.std) for x in batches))
         row = dict(zip(COLUMNS, (start.spec, a, b, gamma, bn), strict=False))
         for name, split in splits.items():
             accuracy, loss = evaluate(network, split, data, args.precision, run.world)

@@ -11,8 +11,6 @@ parameters. On the line these can be interpolated too, or estimated anew from tr
 import torch
 from torch import nn
 
-from rtd.data import normalize
-
 PLANES = ("interpolation", "orthogonal")
 
 
@@ -37,7 +35,7 @@ def interpolate(a, b, gamma):
 
 
 @torch.no_grad()
-def estimate_batch_norm_(network, batches):
+def recompute_batch_norm_(network, batches):
     """Estimate the running statistics of all batch norms of ``network`` anew, in place.
 
     They become the averages over ``batches``, an iterable of its inputs. Nothing happens to a
@@ -55,12 +53,6 @@ def estimate_batch_norm_(network, batches):
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.train(was_training)
-
-
-def recompute_batch_norm_(network, images, mean, std, batch_size=256):
-    """``estimate_batch_norm_`` from (N, 3, H, W) uint8 images in batches of ``batch_size``."""
-    batches = images.split(batch_size)
-    estimate_batch_norm_(network, (normalize(batch, mean, std) for batch in batches))
 
 
 class Plane:

@@ -19,7 +19,7 @@ import torch
 
 from rtd import losses
 from rtd.data import normalize
-from rtd.interpolation import estimate_batch_norm_
+from rtd.interpolation import recompute_batch_norm_
 from rtd.last_layer import blocks, output_log_mean_exp
 from rtd.models import autocast
 from rtd.probes import probe
@@ -119,7 +119,7 @@ class Landscape:
         """
         images = self.images["train"]
         count = math.ceil(len(images) / self.batch_size)
-        estimate_batch_norm_(network.encoder, (images[i::count] for i in range(count)))
+        recompute_batch_norm_(network.encoder, (images[i::count] for i in range(count)))
 
     @torch.no_grad()
     def evaluate(self, network, probes=(), **options):

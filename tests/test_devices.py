@@ -169,7 +169,8 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(meta, encoder, dtype):
 
 def test_statistics_of_batch_norm_are_estimated_without_a_wait(meta):
     network = small_network()
-    interpolation.recompute_batch_norm_(network, some_images(meta), MEAN, STD, batch_size=3)
+    batches = normalize(some_images(meta), MEAN, STD).split(3)
+    interpolation.recompute_batch_norm_(network, batches)
     assert all(tensor.device == meta for tensor in network.state_dict().values())
 
 

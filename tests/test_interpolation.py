@@ -61,7 +61,7 @@ def test_recomputed_statistics_are_those_of_the_images(generator):
     module = network(0).train()
     images = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
     x = images.float() / 255
-    recompute_batch_norm_(module, images, (0, 0, 0), (1, 1, 1), batch_size=6)
+    recompute_batch_norm_(module, normalize(images, (0, 0, 0), (1, 1, 1)).split(6))
     with torch.no_grad():
         y = module[0](x).double()
     mean, var = module[1].running_mean.double(), module[1].running_var.double()
@@ -76,7 +76,7 @@ def test_recomputed_statistics_are_those_of_torchs_own_function_bit_for_bit(gene
     ours, torchs = network(0).eval(), network(0).eval()
     ours[1].running_mean.fill_(torch.nan)  # whatever was there before
     ours[1].num_batches_tracked.fill_(7)
-    recompute_batch_norm_(ours, images, (0, 0, 0), (1, 1, 1), batch_size=3)
+    recompute_batch_norm_(ours, normalize(images, (0, 0, 0), (1, 1, 1)).split(3))
     update_bn((normalize(x, (0, 0, 0), (1, 1, 1)) for x in images.split(3)), torchs)
     for name, tensor in torchs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor)

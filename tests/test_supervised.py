@@ -12,6 +12,7 @@ from torchvision.transforms import functional as TF
 from rtd.data import Dataset, Split, normalize
 from rtd.init import init_encoder_, random_stream
 from rtd.models import build_encoder, materialize
+from rtd.probes import extract_features
 from rtd.supervised import (
     Classifier,
     SupervisedLoss,
@@ -20,7 +21,6 @@ from rtd.supervised import (
     draw_augmentation,
     empty_classifier,
     learning_rate,
-    predict,
     sgd,
 )
 
@@ -113,7 +113,7 @@ def test_predictions_are_in_eval_mode_and_leave_the_classifier_alone(generator):
     model = linear_model(generator).train()
     model.encoder[2].running_mean.normal_(generator=generator)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    logits = predict(model, data.train.images, data.mean, data.std, batch_size=6)
+    logits = extract_features(model, data.train.images, data.mean, data.std, batch_size=6)
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     x = F.avg_pool2d(normalize(data.train.images, data.mean, data.std).double(), 8).flatten(1)

@@ -152,17 +152,13 @@ def _published_split(data_dir, download, size, say, name, which):
             found = source(data_dir, which if stl10 else which == "train", download=download)
         except (URLError, ConnectionError, TimeoutError) as error:
             raise InputError(f"--download: {source.url} cannot be fetched ({error})") from error
-        except RuntimeError as error:
-            wrong = f"--download: {source.url} sent something else ({error}); try again"
-            if not download:
-                wrong = (
-                    f"--data-dir {data_dir}: no complete {source.__name__} here. Expected is "
-                    f"{source.base_folder} with {', '.join(checksums)}; --download fetches it"
-                )
-            for file, md5 in files.items():
-                if file.exists() and not torchvision.datasets.utils.check_integrity(file, md5):
-                    wrong = f"{file} is damaged: it is not what was published; fetch it again"
-            raise InputError(wrong) from error
+        except RuntimeError as error:  # which does not say which file
+            intact = torchvision.datasets.utils.check_integrity
+            odd = next((file for file, md5 in files.items() if not intact(file, md5)), data_dir)
+            raise InputError(
+                f"--data-dir {data_dir}: {odd} is missing, or not what {source.url} has; "
+                "--download fetches what is not there"
+            ) from error
         images = torch.from_numpy(found.data)
         if not stl10:
             images = images.permute(0, 3, 1, 2).contiguous()
@@ -254,20 +250,17 @@ def load_tinyimagenet(data_dir, size, say):
     """
     inside = Path(data_dir, "tiny-imagenet-200")
     root = inside if inside.is_dir() else Path(data_dir)
-    annotations, wnids = root / "val/val_annotations.txt", root / "wnids.txt"
+    annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
         raise InputError(
             f"--data-dir {data_dir}: {annotations} is missing; expected is the folder "
             "tiny-imagenet-200 as http://cs231n.stanford.edu/tiny-imagenet-200.zip unpacks"
         )
     classes, train = _class_folders(root / "train", say)
-    if wnids.exists() and (odd := {*_text(wnids).split()} ^ {*classes}):
-        raise InputError(
-            f"--data-dir {data_dir}: the class {min(odd)} is only in one of {wnids} and "
-            f"{root / 'train'}"
-        )
+    with reading(annotations, "a text file"):
+        lines = annotations.read_text(encoding="utf-8").splitlines()
     held_out = []
-    for number, line in enumerate(_text(annotations).splitlines() or [""], 1):
+    for number, line in enumerate(lines or [""], 1):
         file, wnid, *_ = [*line.split("\t"), ""]
         if wnid not in classes:
             raise InputError(
@@ -278,11 +271,6 @@ def load_tinyimagenet(data_dir, size, say):
     train = _decoded(root, "train", train, size, say)
     test = _decoded(root, "val", sorted(held_out), size, say)
     return Dataset("tinyimagenet", train, test, len(classes), *IMAGENET)
-
-
-def _text(path):
-    with reading(path, "a text file"):
-        return path.read_text(encoding="utf-8")
 
 
 def _class_folders(root, say):
