@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from pathlib import Path
 
 from rtd import plots
@@ -20,8 +19,6 @@ except ImportError:  # on Windows nothing stops two processes from writing into 
 RUNNING = ("out", "resume", "overwrite", "save_every", "no_plot", "plot_format", "data_dir")
 RUNNING += ("download", "device")  # flags that may differ between a run and its --resume
 
-PROCESS = uuid.uuid4().hex  # containers number their processes alike
-
 
 def lock(path, flag):
     """A file object that keeps ``path`` locked until it is closed or the process ends.
@@ -31,19 +28,17 @@ def lock(path, flag):
     file = open(path, "a+")  # noqa: SIM115 (the lock lives as long as the file)
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder, token = (*file.read().split(), "", "")[:2]
-        if token == PROCESS:  # an earlier run of this process, which is over
-            return file
+        holder = file.read().strip()
         raise InputError(
             f"{flag} is in use by process {holder}; wait for its end, or give another"
         ) from None
     except OSError:  # a file system that has no locks
         pass
     file.truncate(0)
-    file.write(f"{os.getpid()} {PROCESS}\n")
+    file.write(f"{os.getpid()}\n")
     file.flush()
     return file
 
