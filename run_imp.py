@@ -164,15 +164,8 @@ def run_chain(chain, data, run):
                 new = training.accuracies[chain.rewind_epoch if round_ else 0 :]  # of this round
                 left = pruning.remaining(masks)
                 before = rewind["seconds"] if round_ else 0
-                row = (chain.start.spec, chain.rewind_epoch, chain.control, round_)
-                row += (
-                    1 - left / total,
-                    left,
-                    new[-1],
-                    max(new),
-                    len(new),
-                    training.seconds - before,
-                )
+                row = chain.start.spec, chain.rewind_epoch, chain.control, round_, 1 - left / total
+                row += left, new[-1], max(new), len(new), training.seconds - before
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 if not chain.control:
                     kept.append({name: int(mask.sum()) for name, mask in masks.items()})

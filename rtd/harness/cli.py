@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(flag, action="store_true", help=help)
                 return
             if help.startswith("*"):
-                self.epilog = "Flags marked * take several values."
+                self.epilog = "Flags marked * take several values, and each is run."
                 more, default = more | {"nargs": "+"}, [default]
             if callable(kind):
                 metavar = {Path: "DIR", str: "PATH:NETWORK"}.get(kind) or kind.metavar
