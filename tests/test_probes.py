@@ -26,8 +26,12 @@ def clusters(generator, n=600, dim=20, classes=4, spread=0.5):
     return x[:n], labels[:n], x[n:], labels[n:]
 
 
+def dataset(train_x, train_y, test_x, test_y):
+    return Dataset("made", Split(train_x, train_y), Split(test_x, test_y), 4, MEAN, STD)
+
+
 @pytest.mark.parametrize("knn", KNN.values(), ids=KNN)
-def test_knn_equals_brute_force(generator, knn):
+def test_knn_is_brute_force_by_euclidean_distance(generator, knn):
     train_x, train_y, test_x, test_y = clusters(generator, n=200, spread=2.0)
     differences = test_x.double().numpy()[:, None] - train_x.double().numpy()[None]
     order = np.argsort((differences**2).sum(2), axis=1)
@@ -36,11 +40,7 @@ def test_knn_equals_brute_force(generator, knn):
         predicted = np.array([np.bincount(row, minlength=4).argmax() for row in votes])
         expected = 100 * (predicted == test_y.numpy()).mean()
         assert knn(train_x, train_y, test_x, test_y, k) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("knn", KNN.values(), ids=KNN)
-def test_knn_does_not_normalise(knn):
-    """Two classes differ in length alone: Euclidean neighbours tell them apart, cosine's cannot."""
+    # two classes that differ in length alone, which cosines cannot tell apart
     x = torch.cat([torch.linspace(1, 2, 50), torch.linspace(5, 6, 50)])[:, None] * torch.ones(8)
     y = torch.arange(100) // 50
     assert knn(x, y, x, y, k=5) == 100
@@ -74,11 +74,12 @@ def test_k_outside_the_data_is_refused(generator, k):
         probes.knn_probe(*clusters(generator), k)
 
 
-def test_linear_probe_agrees_with_logistic_regression_on_separable_data(generator):
+def test_linear_probe_agrees_with_logistic_regression_also_where_gradients_are_off(generator):
     train_x, train_y, test_x, test_y = clusters(generator, n=3000, spread=0.9)
     oracle = LogisticRegression(max_iter=1000).fit(train_x, train_y)
     reference = 100 * oracle.score(test_x, test_y)
-    found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=100)
+    with torch.no_grad():
+        found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=100)
     assert reference > 90
     assert found == pytest.approx(reference, abs=1.0)
 
@@ -97,12 +98,9 @@ def test_linear_probe_is_torchs_linear_layer_under_adamw(generator, monkeypatch)
             nn.functional.cross_entropy(layer(train_x[batch]), train_y[batch]).backward()
             optimizer.step()
     trained, plain = [], torch.optim.AdamW
-    monkeypatch.setattr(
-        torch.optim,
-        "AdamW",
-        lambda layer, **options: trained.extend(layer) or plain(layer, **options),
-    )
-    generator = torch.Generator().manual_seed(5)
+    spy = lambda layer, **options: trained.extend(layer) or plain(layer, **options)  # noqa: E731
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    generator.manual_seed(5)
     found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=30)
     for ours, expected in zip(trained, layer.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
@@ -110,55 +108,44 @@ def test_linear_probe_is_torchs_linear_layer_under_adamw(generator, monkeypatch)
     assert found == pytest.approx(100 * hits.mean().item())
 
 
-def test_linear_probe_trains_even_where_gradients_are_off(generator):
-    with torch.no_grad():
-        assert probes.linear_probe(*clusters(generator), 4, generator, epochs=40) > 80
-
-
-class Halves(nn.Module):
+class Colour(nn.Module):
     """An encoder that shows its mode: mean colour, plus 1000 in training mode."""
 
     def forward(self, x):
         return x.mean((2, 3)) + 1000 * self.training
 
 
-def test_features_are_extracted_in_eval_mode_and_the_mode_is_restored(generator):
+@pytest.mark.parametrize("mode", [True, False])
+def test_features_are_extracted_in_eval_mode_which_is_undone(generator, mode):
+    """Float images are taken as normalised, unless they look like pixels."""
+    encoder = Colour().train(mode)
     images = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    for mode in (True, False):
-        encoder = Halves().train(mode)
-        features = probes.extract_features(encoder, images, MEAN, STD, batch_size=3)
-        assert encoder.training is mode
-        torch.testing.assert_close(features, normalize(images, MEAN, STD).mean((2, 3)))
-    assert not features.requires_grad
-
-
-def test_float_images_are_taken_as_normalised_unless_they_look_like_pixels(generator):
     noise = torch.randn(10, 3, 4, 4, generator=generator)
-    features = probes.extract_features(Halves().eval(), noise, MEAN, STD)
-    torch.testing.assert_close(features, noise.mean((2, 3)))
+    for given, x in ((images, normalize(images, MEAN, STD)), (noise, noise)):
+        features = probes.extract_features(encoder, given, MEAN, STD, batch_size=3)
+        assert encoder.training is mode and not features.requires_grad
+        torch.testing.assert_close(features, x.mean((2, 3)))
     for pixels in (torch.rand(10, 3, 4, 4, generator=generator), 255 * noise.abs()):
         with pytest.raises(ValueError, match="normalised"):
-            probes.extract_features(Halves(), pixels, MEAN, STD)
+            probes.extract_features(encoder, pixels, MEAN, STD)
 
 
 def test_probing_depends_on_seed_and_name_alone(generator):
-    train_x, train_y, test_x, test_y = clusters(generator, spread=2.5)
-    data = Dataset("made", Split(train_x, train_y), Split(test_x, test_y), 4, MEAN, STD)
+    data = dataset(*clusters(generator, spread=2.5))
 
-    def linear(**options):
-        return probes.probe(train_x, test_x, data, probes=("linear",), **options)["linear"]
+    def linear(seed, name):
+        features = data.train.images, data.test.images
+        return probes.probe(*features, data, ("linear",), seed=seed, name=name)["linear"]
 
-    assert linear(seed=0, name="a") == linear(seed=0, name="a")
-    others = {linear(seed=seed, name=name) for seed in (0, 1, 2) for name in "abc"}
-    assert len(others) > 3
+    assert linear(0, "a") == linear(0, "a")
+    assert len({linear(seed, name) for seed in (0, 1, 2) for name in "abc"}) > 3
 
 
 def test_features_that_are_not_finite_give_nan(generator):
-    train_x, train_y, test_x, test_y = clusters(generator)
-    data = Dataset("made", Split(train_x, train_y), Split(test_x, test_y), 4, MEAN, STD)
+    data = dataset(*clusters(generator))
     for value in (math.nan, math.inf):
-        test_x[3, 5] = value
-        found = probes.probe(train_x, test_x, data)
+        data.test.images[3, 5] = value
+        found = probes.probe(data.train.images, data.test.images, data)
         assert set(found) == {"linear", "knn"} and all(map(math.isnan, found.values()))
 
 
