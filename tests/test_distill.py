@@ -17,29 +17,26 @@ from rtd.distill import (
     teacher_answers,
 )
 from rtd.init import init_student_
-from rtd.last_layer import output_log_mean_exp
 from rtd.models import random_network
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PAPERS = "-/lb/fn/wn/l/-"
 
 
-def pair(dtype=torch.float32, bottleneck=PAPERS):
-    """(teacher, student) of a small network; images are cast to its dtype on the way in."""
+def small(generator, n, dtype=torch.float32, bottleneck=PAPERS, tau_t=1.0, **options):
+    """A teacher, a student's loss against it and n normalised images; the labels are outputs."""
     sizes = {"out_dim": 500, "hidden_dim": 48, "bottleneck_dim": 24, "bottleneck": bottleneck}
     networks = []
     for seed in (0, 1):
-        generator = torch.Generator().manual_seed(seed)
-        networks.append(random_network(generator, encoder="resnet20", **sizes).to(dtype))
+        draws = torch.Generator().manual_seed(seed)
+        networks.append(random_network(draws, encoder="resnet20", **sizes).to(dtype))
         networks[-1].encoder.register_forward_pre_hook(lambda _, x: (x[0].to(dtype),))
-    return networks[0].eval(), init_student_(networks[1], networks[0], 0.5).train()
-
-
-def some_data(n, generator):
-    """A data set whose labels are outputs of the head, and its normalised training images."""
+    teacher, student = networks[0].eval(), init_student_(networks[1], networks[0], 0.5).train()
     images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     split = Split(images, 499 - torch.arange(n) % 5)
-    return Dataset("made-up", split, split, 500, MEAN, STD), normalize(images, MEAN, STD)
+    data = Dataset("made-up", split, split, 500, MEAN, STD)
+    distiller = Distiller(student, frozen(teacher, data, tau_t), data, **options)
+    return teacher, distiller, normalize(images, MEAN, STD)
 
 
 def frozen(teacher, data, temperature=1.0):
@@ -47,12 +44,12 @@ def frozen(teacher, data, temperature=1.0):
     return FrozenTeacher(teacher, answers)
 
 
-def plain_loss(teacher, student, x, labels=None, tau_t=1.0, tau_s=1.0, beta=0.0):
+def plain_loss(teacher, student, x, labels=None, tau_t=1.0, temperature=1.0, beta=0.0):
     """d(f_S / tau_S, f_T / tau_T) + beta l(f_S, y), as section 3 writes it."""
     with torch.no_grad():
         p_t = (teacher(x) / tau_t).softmax(1)
     outputs = student(x)
-    loss = -(p_t * (outputs / tau_s).log_softmax(1)).sum(1).mean()
+    loss = -(p_t * (outputs / temperature).log_softmax(1)).sum(1).mean()
     if beta:
         loss = loss - beta * outputs.log_softmax(1)[torch.arange(len(x)), labels].mean()
     return loss
@@ -66,7 +63,7 @@ def assert_gradients_are_close(found, expected, tolerance):
 
 
 OTHERS = ["-/lb/fn/-/l/-", "wn/lb/-/wn/l/fn", "-/-/-/-/l/fn"]
-OPTIONS = {"tau_t": 0.5, "tau_s": 0.1, "beta": 0.7}
+OPTIONS = {"tau_t": 0.5, "temperature": 0.1, "beta": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -79,36 +76,31 @@ OPTIONS = {"tau_t": 0.5, "tau_s": 0.1, "beta": 0.7}
 def test_cached_step_is_the_plain_step(
     generator, dtype, tolerance, of_gradients, bottleneck, options
 ):
-    teacher, student = pair(dtype, bottleneck)
-    twin = copy.deepcopy(student)
-    data, x = some_data(12, generator)
+    teacher, distiller, x = small(generator, 12, dtype, bottleneck, **options)
+    twin = copy.deepcopy(distiller.student)
     index = torch.tensor([7, 2, 11, 5, 0])
-    expected = plain_loss(teacher, twin, x[index], data.train.labels[index], **options)
+    expected = plain_loss(teacher, twin, x[index], distiller.data.train.labels[index], **options)
     expected.backward()
-    fixed = frozen(teacher, data, options.get("tau_t", 1))
-    terms = {"temperature": options.get("tau_s", 1), "beta": options.get("beta", 0)}
-    loss = Distiller(student, fixed, data, **terms)(index).loss
+    loss = distiller(index).loss
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    assert_gradients_are_close(student, twin, of_gradients)
+    assert_gradients_are_close(distiller.student, twin, of_gradients)
 
 
 def test_gradients_add_up_over_batches_and_are_not_confused(generator):
     """The last layer's gradient lies in memory that the next step uses again, if it is gone."""
-    teacher, student = pair()
-    data, _ = some_data(12, generator)
-    distiller = Distiller(student.eval(), frozen(teacher, data), data)
-    weight = student.head.l2_bottleneck.last_layer.weight
+    _, distiller, _ = small(generator, 12)
+    weight = distiller.eval().student.head.l2_bottleneck.last_layer.weight
     batches, single = torch.arange(12).split(6), []
     for index in batches:
-        student.zero_grad()
+        distiller.zero_grad()
         distiller(index).loss.backward()
         single.append(weight.grad.clone())
-    student.zero_grad()
+    distiller.zero_grad()
     for index in batches:
         distiller(index).loss.backward()
     torch.testing.assert_close(weight.grad, single[0] + single[1])
-    student.zero_grad()
+    distiller.zero_grad()
     losses = [distiller(index).loss for index in batches]
     with pytest.raises(RuntimeError, match="same workspace"):
         losses[0].backward()
@@ -116,12 +108,10 @@ def test_gradients_add_up_over_batches_and_are_not_confused(generator):
 
 @pytest.mark.slow
 def test_fifty_steps_from_alpha_05_end_at_the_plain_loss(generator):
-    teacher, student = pair()
-    twin = copy.deepcopy(student)
-    data, x = some_data(64, generator)
-    distiller = Distiller(student, frozen(teacher, data), data)
+    teacher, distiller, x = small(generator, 64)
+    twin = copy.deepcopy(distiller.student)
     options = {"lr": 1e-3, "weight_decay": 0.0}
-    fused = torch.optim.AdamW(student.parameters(), fused=True, **options)
+    fused = torch.optim.AdamW(distiller.parameters(), fused=True, **options)
     plain = torch.optim.AdamW(twin.parameters(), foreach=False, **options)
     kl = []
     for _ in range(50):
@@ -140,28 +130,24 @@ def test_fifty_steps_from_alpha_05_end_at_the_plain_loss(generator):
 
 
 def test_bf16_changes_the_loss_little_and_the_teachers_side_not_at_all(generator):
-    teacher, student = pair()
-    data, x = some_data(16, generator)
-    fixed, index = frozen(teacher, data), torch.arange(16)
-    with torch.no_grad():
-        z = teacher.bottleneck(x)
-    answer = fixed.answer(None, index)
-    torch.testing.assert_close(answer[0], z)
-    torch.testing.assert_close(answer[2], output_log_mean_exp(z, fixed.weight))
-    distiller = Distiller(student, fixed, data)
+    teacher, distiller, x = small(generator, 16)
+    index = torch.arange(16)
     fp32, bf16 = (distiller(index, True, p).kl.item() for p in ("fp32", "bf16"))
     assert fp32 != bf16 == pytest.approx(fp32, rel=0.1)
+    z, _, log_mean_exp = distiller.teacher.answer(None, index)
+    with torch.no_grad():
+        torch.testing.assert_close(z, teacher.bottleneck(x))
+        torch.testing.assert_close(log_mean_exp, teacher(x).exp().mean(1).log())
 
 
 @pytest.mark.slow
 def test_compiled_student_gives_the_same_loss_and_no_prefixed_weights(generator):
-    teacher, student = pair()
+    teacher, distiller, _ = small(generator, 8)
+    student, data, losses = distiller.student, distiller.data, []
     for network in (teacher, student):  # one convolution is compiled in seconds
-        network.encoder = nn.Sequential(
-            network.encoder[0], nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
-        )
-    data, _ = some_data(8, generator)
-    fixed, twin, losses = frozen(teacher, data), copy.deepcopy(student), []
+        first = network.encoder[0]
+        network.encoder = nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    fixed, twin = frozen(teacher, data), copy.deepcopy(student)
     for network, compiled in ((student, False), (twin, True)):
         loss = Distiller(network, fixed, data, compiled=compiled)(torch.arange(8)).loss
         loss.backward()
@@ -174,7 +160,8 @@ def test_compiled_student_gives_the_same_loss_and_no_prefixed_weights(generator)
 @pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0])
 def test_a_teacher_that_moves_follows_its_student_and_answers_anew(generator, gamma):
     """By nothing it is the frozen one, by all the student."""
-    teacher, student = pair(torch.float64)
+    teacher, distiller, x = small(generator, 6, torch.float64)
+    student, data, index = distiller.student, distiller.data, torch.arange(6)
     for value in student.buffers():
         if value.is_floating_point():
             value.add_(torch.rand(value.shape, generator=generator))
@@ -186,15 +173,15 @@ def test_a_teacher_that_moves_follows_its_student_and_answers_anew(generator, ga
         exact = {"rtol": 0, "atol": 0} if share in (0, 1) else {}
         expected = (1 - share) * before[name] + share * after[name]
         torch.testing.assert_close(value, expected.to(value.dtype), **exact)
-    (data, x), index = some_data(6, generator), torch.arange(6)
     loss = Distiller(student, moving, data)(index).loss
     fixed = frozen(moving.network, data)
     torch.testing.assert_close(loss, Distiller(student, fixed, data)(index).loss)
     torch.testing.assert_close(loss, plain_loss(moving.network, student, x))
 
 
-def test_distance_is_over_encoder_head_and_all():
-    start, end = pair()
+def test_distance_is_over_encoder_head_and_all(generator):
+    start, distiller, _ = small(generator, 1)
+    end = distiller.student
     moved = {name: p - start.get_parameter(name) for name, p in end.named_parameters()}
     for part, prefix in (("encoder", "encoder."), ("head", "head."), ("total", "")):
         differences = [d.double().flatten() for name, d in moved.items() if name.startswith(prefix)]
@@ -205,7 +192,7 @@ def test_distance_is_over_encoder_head_and_all():
 
 def test_adamw_is_what_the_textbook_says(generator):
     """Three steps against the update written out; weights and biases decay by their own rates."""
-    _, student = pair(torch.float64)
+    student = small(generator, 1, torch.float64)[1].student
     lr, beta1, beta2, eps = 0.01, 0.9, 0.999, 1e-8
     optimizer = adamw(student, lr, weight_decay=0.1, bias_decay=0.02)
     expected = [p.detach().clone() for p in student.parameters()]
@@ -223,11 +210,10 @@ def test_adamw_is_what_the_textbook_says(generator):
 
 
 def test_the_start_is_judged_with_batch_statistics_and_changes_nothing(generator):
-    teacher, student = pair()
-    data, x = some_data(10, generator)
+    teacher, distiller, x = small(generator, 10)
+    student, batches = distiller.student, torch.arange(10).split(6)
     before = copy.deepcopy(student.state_dict())
-    batches = torch.arange(10).split(6)
-    found = evaluate_start(Distiller(student, frozen(teacher, data), data), batches)
+    found = evaluate_start(distiller, batches)
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     for (loss, kl, entropy, _), index in zip(found, batches, strict=True):
         expected = plain_loss(teacher, student, x[index]).item()

@@ -1,6 +1,5 @@
 """Initialisation: distributions, the student next to its teacher, independent random streams."""
 
-import copy
 import math
 import os
 import subprocess
@@ -11,28 +10,15 @@ import torch
 from helpers import ROOT
 from torch import nn
 
-from rtd.head import ProjectionHead
 from rtd.init import init_encoder_, init_head_, init_student_, random_stream
-from rtd.models import Network, build_network, materialize, random_network
+from rtd.models import materialize, random_network
+
+HEAD = {"hidden_dim": 512, "bottleneck_dim": 64, "out_dim": 512}
 
 
-def network(seed, name="resnet18"):
-    return random_network(torch.Generator().manual_seed(seed), encoder=name, out_dim=512)
-
-
-def initialise(module, seed):
-    generator = torch.Generator().manual_seed(seed)
-    init_encoder_(module.encoder, generator)
-    init_head_(module.head, generator)
-    return module
-
-
-def small(seed):
+def network(seed, name="resnet20"):
     """A network with every kind of parameter, in no time."""
-    with torch.device("meta"):
-        encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
-        empty = Network(encoder, ProjectionHead(32, 64, 16, 200))
-    return initialise(materialize(empty), seed)
+    return random_network(torch.Generator().manual_seed(seed), encoder=name, **HEAD)
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet18"])
@@ -53,12 +39,13 @@ def test_convolutions_are_kaiming_fan_out_and_the_heads_weights_normal_with_002(
 
 def test_every_parameter_and_buffer_is_written():
     """Nothing is left as the uninitialised memory it starts as."""
-    empty = build_network("resnet18", hidden_dim=64, bottleneck_dim=16, out_dim=64)
-    one, two = (materialize(copy.deepcopy(empty)) for _ in range(2))
+    one, two = network(0, "resnet18"), network(0, "resnet18")
     for fill, module in ((float("nan"), one), (7.0, two)):
         for tensor in module.state_dict().values():
             tensor.fill_(0 if tensor.dtype == torch.int64 else fill)
-        initialise(module, 3)
+        generator = torch.Generator().manual_seed(3)
+        init_encoder_(module.encoder, generator)
+        init_head_(module.head, generator)
     for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
@@ -71,9 +58,9 @@ def test_a_layer_that_is_not_known_is_refused(generator):
 @pytest.mark.parametrize("alpha", [0.0, 1e-10, 0.2, 0.5, 0.9, 1.0])
 def test_student_is_the_papers_formula_with_buffers_of_its_own(alpha):
     """At the ends it is the teacher or the fresh draw, bit for bit."""
-    teacher, fresh = small(0), small(1)
+    teacher, fresh = network(0), network(1)
     teacher.encoder[1].running_var.fill_(2)
-    student = init_student_(small(1), teacher, alpha)
+    student = init_student_(network(1), teacher, alpha)
     delta = math.sqrt(alpha**2 + (1 - alpha) ** 2)
     tolerance = {"rtol": 0, "atol": 0} if alpha in (0, 1) else {"rtol": 1e-6, "atol": 1e-8}
     for s, t, f in zip(student.parameters(), teacher.parameters(), fresh.parameters(), strict=True):
@@ -100,7 +87,7 @@ def test_alpha_1e_10_changes_about_one_entry_in_a_thousand():
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_outside_the_unit_interval_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha must lie in"):
-        init_student_(small(1), small(0), alpha)
+        init_student_(network(1), network(0), alpha)
 
 
 def test_streams_differ_by_seed_and_name_but_not_by_process():
