@@ -13,18 +13,14 @@ from rtd.interpolation import Plane, error_barrier, interpolate, recompute_batch
 def network(seed):
     """Three layers, one of them a batch norm with statistics of its own."""
     generator = torch.Generator().manual_seed(seed)
-    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 5)
-    module = nn.Sequential(*layers)
-    for tensor in module.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+    with torch.device("meta"):
+        module = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 5)
+        )
+    for tensor in module.to_empty(device="cpu").state_dict().values():
+        value = torch.rand(tensor.shape, generator=generator) + 0.1
+        tensor.copy_(value if tensor.is_floating_point() else torch.tensor(0))
     return module
-
-
-@pytest.fixture(autouse=True)
-def constructors_may_draw():
-    with torch.random.fork_rng():
-        yield
 
 
 def states():
@@ -58,9 +54,7 @@ def test_error_barrier_is_the_rise_over_the_mean_of_the_ends():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_recomputed_statistics_are_those_of_the_images_and_torchs_own_bit_for_bit(
-    generator, training
-):
+def test_recomputed_statistics_are_those_of_torchs_own_function_bit_for_bit(generator, training):
     images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=generator)
     ours, torchs = network(0).train(training), network(0)
     ours[1].running_mean.fill_(torch.nan)  # whatever was there before
@@ -70,11 +64,6 @@ def test_recomputed_statistics_are_those_of_the_images_and_torchs_own_bit_for_bi
     update_bn((normalize(x, (0, 0, 0), (1, 1, 1)) for x in images.split(6)), torchs)
     for name, tensor in torchs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor)
-    with torch.no_grad():
-        batches = ours[0](images.float() / 255).double().split(6)
-    for moment, found in ((torch.mean, ours[1].running_mean), (torch.var, ours[1].running_var)):
-        expected = torch.stack([moment(batch, (0, 2, 3)) for batch in batches]).mean(0)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_corners_of_an_interpolation_plane_are_the_networks_bit_for_bit():
