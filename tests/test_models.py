@@ -42,7 +42,8 @@ def random_encoder(generator, name, **options):
 def test_encoder_has_table_5s_parameters_and_an_embedding_that_depends_on_the_image(
     name, generator
 ):
-    network = random_network(generator, encoder=name, out_dim=16).eval()
+    head = {"hidden_dim": 64, "bottleneck_dim": 16, "out_dim": 16}
+    network = random_network(generator, encoder=name, **head).eval()
     images = torch.randn(3, 3, 32, 32, generator=generator)
     with torch.no_grad():
         features = network.encoder(images)
