@@ -6,24 +6,24 @@ import torch
 from scipy.special import erf
 
 from rtd.errors import InputError
-from rtd.head import L2Bottleneck, ProjectionHead, parse_slots
+from rtd.head import PAPER_SLOTS, L2Bottleneck, ProjectionHead, parse_slots
 from rtd.init import init_head_
-from rtd.models import parameter_count
+from rtd.models import materialize, parameter_count
 
 
-def float64_head(generator, **options):
+def float64_head(generator, slots=PAPER_SLOTS):
+    """A small head, and embeddings for it."""
     with torch.device("meta"):
-        module = ProjectionHead(12, 20, 6, 40, **options)
-    module = init_head_(module.to_empty(device="cpu").double(), generator)
+        module = ProjectionHead(12, 20, 6, 40, slots)
+    module = init_head_(materialize(module).double(), generator)
     for parameter in module.parameters():  # biases and larger weights, so that every term shows
-        parameter.data.add_(
-            torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.3
-        )
-    return module
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.add_(noise, alpha=0.3)
+    return module, torch.randn(5, 12, generator=generator, dtype=torch.float64)
 
 
-def numpy_head(state, x, slots="-/lb/fn/wn/l/-"):
-    """The outputs of the head, and those of its bottleneck's first layer."""
+def numpy_head(state, x, slots):
+    """What the last layer of the head sees, and the head's outputs."""
     wn1, lin1, fn1, wn2, _, fn2 = slots.split("/")
 
     def gelu(x):
@@ -45,50 +45,31 @@ def numpy_head(state, x, slots="-/lb/fn/wn/l/-"):
         z = unit_rows(z)
     v = state["l2_bottleneck.last_layer.weight"]
     y = z @ (unit_rows(v) if wn2 == "wn" else v).T
-    return z, unit_rows(y) if fn2 == "fn" else y
+    norm = np.sqrt((y**2).sum(1, keepdims=True)) if fn2 == "fn" else 1.0
+    return z / norm, y / norm
 
 
-def test_head_equals_numpy(generator):
-    x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
-    module = float64_head(generator)
-    z, y = numpy_head(module.state_dict(), x.numpy())
+FIG_12 = """-/lb/fn/wn/l/- wn/lb/-/wn/l/- -/lb/fn/-/l/fn -/lb/-/-/l/fn -/lb/-/-/l/- -/-/-/-/l/fn
+    -/-/-/-/l/-"""
+
+
+@pytest.mark.parametrize("slots", [*FIG_12.split(), "-/lb/fn/-/l/-", "wn/l/fn/wn/l/fn"])
+def test_each_head_equals_numpy_and_is_one_product_from_its_bottleneck(generator, slots):
+    module, x = float64_head(generator, slots)
+    last = module.l2_bottleneck
+    assert last.last_layer.in_features == (20 if slots.split("/")[1] == "-" else 6)
+    z, y = numpy_head(module.state_dict(), x.numpy(), slots)
     with torch.no_grad():
-        np.testing.assert_allclose(module(x), y, rtol=1e-12)
         np.testing.assert_allclose(module.bottleneck(x), z, rtol=1e-12)
-
-
-FIG_12 = [
-    "-/lb/fn/wn/l/-",
-    "wn/lb/-/wn/l/-",
-    "-/lb/fn/-/l/fn",
-    "-/lb/-/-/l/fn",
-    "-/lb/-/-/l/-",
-    "-/-/-/-/l/fn",
-    "-/-/-/-/l/-",
-]
-
-
-@pytest.mark.parametrize("slots", [*FIG_12, "-/lb/fn/-/l/-", "wn/l/fn/wn/l/fn"])
-def test_each_bottleneck_equals_numpy_and_is_one_product_from_its_outputs(generator, slots):
-    x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
-    module = float64_head(generator, slots=slots)
-    _, y = numpy_head(module.state_dict(), x.numpy(), slots)
-    bottleneck = module.l2_bottleneck
-    assert bottleneck.last_layer.in_features == (20 if slots.split("/")[1] == "-" else 6)
-    with torch.no_grad():
-        np.testing.assert_allclose(module(x), y, rtol=1e-11)
-        np.testing.assert_allclose(
-            module.bottleneck(x) @ bottleneck.normalized_weight().T, y, rtol=1e-11
-        )
+        np.testing.assert_allclose(module(x), y, rtol=1e-12)
+        np.testing.assert_allclose(module.bottleneck(x) @ last.normalized_weight().T, y, rtol=1e-11)
 
 
 @pytest.mark.parametrize(
     ("slots", "match"),
     [
-        ("-/lb/fn", "give wn1/lin1"),
-        ("-/lb/fn/wn/lb/-", "give wn1/lin1"),
+        *((slots, "give wn1/lin1") for slots in ("-/lb/fn", "-/lb/fn/wn/lb/-", "")),
         ("wn/-/-/-/l/-", "lin1 is -"),
-        ("", "give wn1/lin1"),
     ],
 )
 def test_wrong_slots_are_refused(slots, match):
@@ -97,26 +78,19 @@ def test_wrong_slots_are_refused(slots, match):
 
 
 def test_outputs_are_cosines_and_the_norm_of_v_does_not_matter(generator):
-    module = float64_head(generator)
-    x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        before = module(x)
-        assert before.abs().max() <= 1 + 1e-12
-        module.l2_bottleneck.last_layer.weight.mul_(7)
-        torch.testing.assert_close(module(x), before)
-        torch.testing.assert_close(
-            module.l2_bottleneck.normalized_weight().norm(dim=1),
-            torch.ones(40, dtype=torch.float64),
-        )
-
-
-def test_weight_norm_takes_part_in_the_gradient(generator):
-    """True weight normalisation: no gradient along a row of V, which would only change its norm."""
-    module = float64_head(generator)
-    module(torch.randn(5, 12, generator=generator, dtype=torch.float64)).square().sum().backward()
+    """True weight normalisation: nor is there a gradient along a row of V."""
+    module, x = float64_head(generator)
     weight = module.l2_bottleneck.last_layer.weight
+    before = module(x)
+    before.square().sum().backward()
+    assert before.abs().max() <= 1 + 1e-12
     assert (weight * weight.grad).sum(1).abs().max() < 1e-9
     assert weight.grad.abs().max() > 1e-3
+    with torch.no_grad():
+        weight.mul_(7)
+        torch.testing.assert_close(module(x), before)
+        norms = module.l2_bottleneck.normalized_weight().norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
 def test_papers_head_has_22548736_parameters():

@@ -4,76 +4,50 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 
-from rtd.head import ProjectionHead
 from rtd.init import init_encoder_, init_head_, init_student_, random_stream
-from rtd.models import Network, build_network
+from rtd.models import build_network, materialize, random_network
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def initialised(module, seed):
-    """A network without values, with random ones."""
-    module, generator = module.to_empty(device="cpu"), torch.Generator().manual_seed(seed)
-    init_encoder_(module.encoder, generator)
-    init_head_(module.head, generator)
-    return module
+HEAD = {"hidden_dim": 512, "bottleneck_dim": 256, "out_dim": 512}
 
 
-def network(seed, name="resnet18", out_dim=512):
-    return initialised(build_network(name, out_dim=out_dim), seed)
-
-
-def small(seed):
+def network(seed, name="resnet20"):
     """A network with every kind of parameter, in no time."""
-    with torch.device("meta"):
-        encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
-        return initialised(Network(encoder, ProjectionHead(32, 64, 16, 200)), seed)
+    return random_network(torch.Generator().manual_seed(seed), encoder=name, **HEAD)
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet18"])
-def test_convolutions_are_kaiming_fan_out(name):
-    for module in network(0, name).encoder.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
-            n = module.weight.numel()
-            assert module.weight.std().item() == pytest.approx(
-                math.sqrt(2 / fan_out), rel=5 / math.sqrt(2 * n)
-            )
-            assert abs(module.weight.mean().item()) < 5 * math.sqrt(2 / fan_out / n)
+def test_convolutions_are_kaiming_fan_out_and_the_heads_weights_normal_with_002(name):
+    for module in network(0, name).modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            sigma, n = 0.02, module.weight.numel()
+            if isinstance(module, nn.Conv2d):
+                sigma = math.sqrt(2 / (module.out_channels * math.prod(module.kernel_size)))
+            assert module.weight.std().item() == pytest.approx(sigma, rel=5 / math.sqrt(2 * n))
+            assert abs(module.weight.mean().item()) < 5 * sigma / math.sqrt(n)
             assert module.bias is None or not module.bias.any()
         elif isinstance(module, nn.BatchNorm2d):
-            assert (module.weight == 1).all()
-            assert not module.bias.any()
-            assert not module.running_mean.any()
-            assert (module.running_var == 1).all()
+            assert (module.weight == 1).all() and not module.bias.any()
+            assert not module.running_mean.any() and (module.running_var == 1).all()
             assert module.num_batches_tracked == 0
-
-
-def test_head_weights_are_normal_with_002_and_biases_zero():
-    head = network(0, out_dim=4096).head
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.01)
-            assert module.bias is None or not module.bias.any()
 
 
 def test_every_parameter_and_buffer_is_written():
     """Nothing is left as the uninitialised memory it starts as."""
-    networks = [network(0, out_dim=64) for _ in range(2)]
-    for fill, module in zip((float("nan"), 7.0), networks, strict=True):
-        for tensor in module.state_dict().values():
+    states = []
+    for fill in (float("nan"), 7.0):
+        module, generator = build_network("resnet18", **HEAD), torch.Generator()
+        for tensor in module.to_empty(device="cpu").state_dict().values():
             tensor.fill_(0 if tensor.dtype == torch.int64 else fill)
-        generator = torch.Generator().manual_seed(3)
-        init_encoder_(module.encoder, generator)
+        init_encoder_(module.encoder, generator.manual_seed(3))
         init_head_(module.head, generator)
-    one, two = (module.state_dict().values() for module in networks)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        states.append(module.state_dict().values())
+    assert all(map(torch.equal, *states))
 
 
 def test_a_layer_that_is_not_known_is_refused(generator):
@@ -81,61 +55,39 @@ def test_a_layer_that_is_not_known_is_refused(generator):
         init_encoder_(nn.Sequential(nn.PReLU()), generator)
 
 
-def test_student_at_the_ends_of_alpha_is_the_teacher_or_the_fresh_draw():
-    teacher, fresh = small(0), small(1)
-    for alpha, source in ((0.0, teacher), (1.0, fresh)):
-        student = init_student_(small(1), teacher, alpha)
-        for a, b in zip(student.parameters(), source.parameters(), strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("alpha", [1e-10, 0.2, 0.5, 0.9])
-def test_student_between_is_the_papers_formula(alpha):
-    teacher, fresh = small(0), small(1)
-    student = init_student_(small(1), teacher, alpha)
+@pytest.mark.parametrize("alpha", [0.0, 1e-10, 0.2, 0.5, 0.9, 1.0])
+def test_student_is_the_papers_formula_with_buffers_of_its_own(alpha):
+    """At the ends it is the teacher or the fresh draw, bit for bit."""
+    teacher, fresh = network(0), network(1)
+    teacher.encoder[1].running_var.fill_(2)
+    student = init_student_(network(1), teacher, alpha)
     delta = math.sqrt(alpha**2 + (1 - alpha) ** 2)
+    tolerance = {"rtol": 0, "atol": 0} if alpha in (0, 1) else {"rtol": 1e-6, "atol": 1e-8}
     for s, t, f in zip(student.parameters(), teacher.parameters(), fresh.parameters(), strict=True):
-        torch.testing.assert_close(
-            s.double(),
-            ((1 - alpha) * t.double() + alpha * f.double()) / delta,
-            rtol=1e-6,
-            atol=1e-8,
-        )
+        expected = ((1 - alpha) * t.double() + alpha * f.double()) / delta
+        torch.testing.assert_close(s.double(), expected, **tolerance)
+    assert (student.encoder[1].running_var == 1).all()
 
 
-def test_variance_does_not_depend_on_alpha():
-    for alpha in (0.1, 0.3, 0.5, 0.8):
-        draws = []
-        for seed in range(200):
-            generator = torch.Generator().manual_seed(seed)
-            layers = [
-                init_head_(nn.Linear(50, 40, device="meta").to_empty(device="cpu"), generator)
-                for _ in range(2)
-            ]
-            draws.append(init_student_(layers[1], layers[0], alpha).weight.detach())
-        assert torch.stack(draws).std().item() == pytest.approx(0.02, rel=0.01)
+@pytest.mark.parametrize("alpha", [0.1, 0.3, 0.5, 0.8])
+def test_variance_does_not_depend_on_alpha(generator, alpha):
+    layers = [materialize(nn.Linear(500, 800, device="meta")) for _ in range(2)]
+    student = init_student_(*(init_head_(layer, generator) for layer in layers), alpha)
+    assert student.weight.std().item() == pytest.approx(0.02, rel=0.01)
 
 
 def test_alpha_1e_10_changes_about_one_entry_in_a_thousand():
-    teacher = network(0, "vgg11")
-    student = init_student_(network(1, "vgg11"), teacher, 1e-10)
-    changed = sum(
-        (a != b).sum().item()
-        for a, b in zip(student.parameters(), teacher.parameters(), strict=True)
-    )
+    teacher = network(0)
+    student = init_student_(network(1), teacher, 1e-10)
+    pairs = zip(student.parameters(), teacher.parameters(), strict=True)
+    changed = sum((a != b).sum().item() for a, b in pairs)
     assert 5e-4 < changed / sum(p.numel() for p in teacher.parameters()) < 3e-3
-
-
-def test_batch_norm_gain_becomes_one_over_delta_and_buffers_stay():
-    student = init_student_(small(1), small(0), 0.5)
-    assert student.encoder[1].weight[0].item() == pytest.approx(math.sqrt(2))
-    assert (student.encoder[1].running_var == 1).all()
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_outside_the_unit_interval_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha must lie in"):
-        init_student_(small(1), small(0), alpha)
+        init_student_(network(1), network(0), alpha)
 
 
 def test_streams_differ_by_seed_and_name_but_not_by_process():
@@ -143,20 +95,13 @@ def test_streams_differ_by_seed_and_name_but_not_by_process():
         return torch.randint(2**40, (3,), generator=random_stream(*key)).tolist()
 
     assert draw(0, "teacher-init") == draw(0, "teacher-init")
-    keys = [
-        (0, "teacher-init"),
-        (1, "teacher-init"),
-        (0, "student-init"),
-        (0, "probe", "student-1"),
-        (0, "probe", "student-11"),
-    ]
+    keys = [(seed, name) for seed in (0, 1) for name in ("teacher-init", "student-init")]
+    keys += [(0, "probe", "student-1"), (0, "probe", "student-11")]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
     program = """if True:
         import torch
         from rtd.init import random_stream
         print(torch.randint(2**40, (3,), generator=random_stream(0, "probe", "x")).tolist())"""
     env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
-    printed = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True
-    ).stdout
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True, env=env)
     assert printed.strip() == str(draw(0, "probe", "x"))

@@ -2,17 +2,17 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from rtd import landscape, losses
 from rtd.data import Dataset, Split, normalize
-from rtd.init import init_encoder_, init_head_, init_student_
+from rtd.init import init_student_
 from rtd.landscape import MEASURES, Landscape, asymmetry, divergences, norms, teacher_side
-from rtd.models import build_network, materialize
+from rtd.models import random_network
 from rtd.probes import extract_features, probe
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -20,14 +20,8 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 def plain(s, t):
     """The four losses of ``MEASURES`` between logits, of each image: (4, B)."""
-    return torch.stack(
-        [
-            losses.kl_divergence(s, t),
-            losses.cross_entropy(s, t),
-            losses.mean_squared_error(s, t),
-            losses.entropy(s),
-        ]
-    )
+    pairs = losses.kl_divergence, losses.cross_entropy, losses.mean_squared_error
+    return torch.stack([*(loss(s, t) for loss in pairs), losses.entropy(s)])
 
 
 @pytest.fixture
@@ -39,16 +33,14 @@ def data(generator):
     return Dataset("random", split(23), split(11), 3, MEAN, STD)
 
 
-def networks(alpha, name="vgg11"):
-    """A random teacher and its student, in eval mode."""
-    both = []
-    for seed in (0, 1):
-        network = build_network(name, out_dim=300, hidden_dim=32, bottleneck_dim=16)
-        generator = torch.Generator().manual_seed(seed)
-        init_encoder_(materialize(network).encoder, generator)
-        init_head_(network.head, generator)
-        both.append(network.eval())
-    return both[0], init_student_(both[1], both[0], alpha)
+def networks(norm="layer"):
+    """A random teacher and a student near it, in eval mode."""
+    sizes = {"encoder": "resnet20", "out_dim": 300, "hidden_dim": 32, "bottleneck_dim": 16}
+    teacher, fresh = (
+        random_network(torch.Generator().manual_seed(seed), norm=norm, **sizes).eval()
+        for seed in (0, 1)
+    )
+    return teacher, init_student_(fresh, teacher, 0.3)
 
 
 def last_layers(generator, batch, outputs, width, distance):
@@ -61,91 +53,87 @@ def last_layers(generator, batch, outputs, width, distance):
     return [F.normalize(x) for x in (*student, z_t, weight_t)]
 
 
+def in_float32(*layers):
+    single = [x.float() for x in layers]
+    return divergences(*single, *teacher_side(*single[2:])).double()
+
+
 @pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("block", [100, 300, 1000])
 def test_one_pass_gives_the_float64_values(generator, monkeypatch, distance, block):
     monkeypatch.setattr(landscape, "BLOCK", block)
-    z, weight, z_t, weight_t = last_layers(generator, 7, 300, 16, distance)
+    z, weight, z_t, weight_t = layers = last_layers(generator, 7, 300, 16, distance)
     expected = plain(z @ weight.T, z_t @ weight_t.T).sum(1)
-    found = divergences(z, weight, z_t, weight_t, *teacher_side(z_t, weight_t))
+    found = divergences(*layers, *teacher_side(z_t, weight_t))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
-    single = [x.float() for x in (z, weight, z_t, weight_t)]
-    found = divergences(*single, *teacher_side(*single[2:]))
-    torch.testing.assert_close(found.double()[1:], expected[1:], rtol=1e-5, atol=1e-12)
-    tolerance = 1e-2 if distance < 1e-3 else 1e-4
+    found, tolerance = in_float32(*layers), 1e-2 if distance < 1e-3 else 1e-4
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-5, atol=1e-12)
     assert found[0].item() == pytest.approx(expected[0].item(), rel=tolerance)
 
 
-@pytest.mark.parametrize("encoder_only", [False, True])
-def test_a_point_is_the_mean_over_all_images(data, encoder_only):
-    teacher, student = networks(0.3)
-    row = Landscape(teacher, data, encoder_only, batch_size=8).evaluate(student)
-    with torch.no_grad():
-        for split in ("train", "test"):
-            x = normalize(getattr(data, split).images, MEAN, STD)
-            s, t = ((n.encoder if encoder_only else n)(x).double() for n in (student, teacher))
-            found = [row[f"{split}_{name}"] for name in MEASURES]
-            assert found == pytest.approx(plain(s, t).mean(1).tolist(), rel=2e-4)
+def test_a_small_kl_keeps_its_digits(generator):
+    """KL 4e-9 of 65,536 outputs in float32, also when all outputs rise, which soft-max undoes."""
+    z, weight, z_t, weight_t = last_layers(generator, 3, 2**16, 64, distance=1e-3)
+    for rise, tolerance in ((0.0, 5e-5), (0.01, 5e-4)):  # it is 100 times the KL before that
+        moved = weight + rise * z.mean(0)
+        truth = losses.kl_divergence(z @ moved.T, z_t @ weight_t.T).sum().item()
+        assert 1e-9 < truth < 1e-4
+        found = in_float32(z, moved, z_t, weight_t)[0].item()
+        assert found == pytest.approx(truth, rel=tolerance)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("encoder_only", [False, True])
-def test_the_teacher_is_at_kl_zero(data, encoder_only, precision):
-    teacher, student = networks(0.3)
+def test_a_point_is_the_mean_over_all_images_and_the_teacher_at_kl_zero(
+    data, encoder_only, precision
+):
+    teacher, student = networks()
     place = Landscape(teacher, data, encoder_only, precision, batch_size=8)
     assert abs(place.evaluate(teacher)["train_kl"]) < 1e-12
-    assert place.evaluate(student)["train_kl"] > 1e-5
+    row = place.evaluate(student)
+    assert row["train_kl"] > 1e-5
+    for split in ("train", "test") * (precision == "fp32"):
+        x = normalize(getattr(data, split).images, MEAN, STD)
+        with torch.no_grad():
+            s, t = ((n.encoder if encoder_only else n)(x).double() for n in (student, teacher))
+        found = [row[f"{split}_{name}"] for name in MEASURES]
+        assert found == pytest.approx(plain(s, t).mean(1).tolist(), rel=2e-4)
 
 
 def test_a_quadratic_network_gives_the_analytic_surface(data):
     """Embeddings (theta, 0): KL of two such soft-maxes, and an MSE of (theta - theta_T)^2 / 2."""
 
-    class Constant(nn.Module):
-        def __init__(self, value):
-            super().__init__()
-            self.value = nn.Parameter(torch.tensor(value))
+    def network(theta):
+        return SimpleNamespace(encoder=lambda images: torch.tensor([[theta, 0]] * len(images)))
 
-        def forward(self, images):
-            return torch.stack([self.value, torch.zeros(())]).expand(len(images), 2)
-
-    class Quadratic(nn.Module):
-        def __init__(self, value):
-            super().__init__()
-            self.encoder = Constant(value)
-
-    place = Landscape(Quadratic(0.5), data, encoder_only=True)
+    place = Landscape(network(0.5), data, encoder_only=True)
     for theta in (-2.0, 0.5, 0.6, 3.0):
-        row = place.evaluate(Quadratic(theta))
+        row = place.evaluate(network(theta))
         p, q = 1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(-theta))
         kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
         assert row["train_kl"] == pytest.approx(kl, rel=1e-6, abs=1e-7)
         assert row["test_mse"] == pytest.approx((theta - 0.5) ** 2 / 2, abs=1e-6)
 
 
-def test_probes_are_those_of_the_encoder(data):
-    teacher, student = networks(0.3)
+def test_probes_are_those_of_the_encoder_and_what_is_not_finite_is_nan(data):
+    teacher, student = networks()
     options = {"probes": ["linear", "knn"], "k": 3, "epochs": 2, "seed": 1, "name": "x"}
     row = Landscape(teacher, data).evaluate(student, **options)
     splits = data.train.images, data.test.images
     features = (extract_features(student.encoder, images, MEAN, STD) for images in splits)
     assert {name: row[name] for name in ("linear", "knn")} == probe(*features, data, **options)
-
-
-def test_what_is_not_finite_is_nan_and_no_error(data):
-    teacher, student = networks(0.3)
     with torch.no_grad():
-        student.encoder.features[0].weight.fill_(float("inf"))
-    row = Landscape(teacher, data).evaluate(student, probes=["linear", "knn"], k=3)
+        student.encoder[0].weight.fill_(float("inf"))
+    row = Landscape(teacher, data).evaluate(student, **options)
     assert all(math.isnan(row[name]) for name in ("train_kl", "test_ce", "linear", "knn"))
 
 
-def test_norms():
-    _, student = networks(0.3)
-    expected = {
-        f"norm_{name}": torch.cat([p.double().flatten() for p in part.parameters()]).norm().item()
-        for name, part in (("encoder", student.encoder), ("head", student.head), ("total", student))
-    }
-    assert norms(student) == pytest.approx(expected, rel=1e-5)
+def test_norms_are_over_encoder_head_and_all():
+    _, student = networks()
+    found = norms(student)
+    for name, part in (("encoder", student.encoder), ("head", student.head), ("total", student)):
+        parameters = torch.cat([p.double().flatten() for p in part.parameters()])
+        assert found[f"norm_{name}"] == pytest.approx(parameters.norm().item(), rel=1e-5)
 
 
 def test_asymmetry_pairs_points_on_the_axis():
@@ -158,21 +146,9 @@ def test_asymmetry_pairs_points_on_the_axis():
     assert asymmetry([rows[0], rows[1] | {"train_kl": 0.0}]) == []
 
 
-def test_a_small_kl_keeps_its_digits(generator):
-    """KL 4e-9 of 65,536 outputs in float32, also when all outputs rise, which soft-max undoes."""
-    z, weight, z_t, weight_t = last_layers(generator, 3, 2**16, 64, distance=1e-3)
-    for rise, tolerance in ((0.0, 5e-5), (0.01, 5e-4)):  # it is 100 times the KL before that
-        moved = weight + rise * z.mean(0)
-        truth = losses.kl_divergence(z @ moved.T, z_t @ weight_t.T).sum().item()
-        assert 1e-9 < truth < 1e-4
-        single = [x.float() for x in (z, moved, z_t, weight_t)]
-        found = divergences(*single, *teacher_side(*single[2:]))[0].item()
-        assert found == pytest.approx(truth, rel=tolerance)
-
-
 def test_recomputed_batch_norm_sees_all_classes_in_each_batch(data):
     """Batches of a set sorted by class would miss most of the variance between classes."""
-    teacher, student = networks(0.3, "resnet20")
+    teacher, student = networks("batch")
     grey = (11 * torch.arange(23)).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 32, 32)
     by_class = replace(data, train=Split(grey, torch.arange(23) // 8))
     place = Landscape(teacher, by_class, batch_size=6)

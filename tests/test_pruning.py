@@ -1,63 +1,54 @@
 """Masks prune exactly as many as asked for, the smallest, for good; pruned weights stay 0."""
 
-from collections import OrderedDict
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from rtd.init import init_encoder_
-from rtd.models import build_encoder, embedding_dim, materialize, parameter_count
+from rtd.models import materialize, parameter_count
 from rtd.pruning import Masking, dense_masks, kept_after, prunable, prune_smallest, remaining
+from rtd.supervised import empty_classifier
 
 
-def some_weights(generator, sizes=((7, 3, 2), (11,), (5, 5))):
+def some_weights(generator, *sizes):
     return {f"w{i}": torch.randn(size, generator=generator) for i, size in enumerate(sizes)}
 
 
 def classifier(name):
-    """A linear layer on an encoder, without values."""
-    encoder = build_encoder(name)
-    fc = nn.Linear(embedding_dim(encoder), 10, device="meta")
-    return nn.Sequential(OrderedDict(encoder=encoder, fc=fc))
+    return empty_classifier({"encoder": name, "norm": None, "image_size": 32}, 10)
 
 
 def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
-def test_what_may_be_pruned():
+def test_what_may_be_pruned_are_convolutions_and_linear_layers_or_all():
     model = classifier("resnet18")
-    weights = prunable(model, "weights")
+    weights, everything = prunable(model, "weights"), prunable(model, "all")
     assert all(name.endswith(".weight") and w.ndim in (2, 4) for name, w in weights.items())
     gains = 4_800  # and as many biases
     assert sum(w.numel() for w in weights.values()) == 11_168_832 + 512 * 10 - 2 * gains
     assert "fc.weight" in weights and "encoder.conv1.weight" in weights
-    everything = prunable(model, "all")
     assert sum(w.numel() for w in everything.values()) == parameter_count(model)
     assert "fc.bias" in everything and "encoder.bn1.weight" in everything
-    assert all(weight is model.get_parameter(name) for name, weight in weights.items())
-
-
-def test_of_a_vit_query_key_and_value_may_be_pruned_too():
-    model = classifier("vit-tiny")
-    names = prunable(model)
-    assert sum(name.endswith("in_proj_weight") for name in names) == 12
-    others = {k for k, p in model.named_parameters() if k not in names and p.ndim > 1}
+    vit = classifier("vit-tiny")
+    names = prunable(vit)
+    assert sum(name.endswith("in_proj_weight") for name in names) == 12  # query, key and value too
+    others = {k for k, p in vit.named_parameters() if k not in names and p.ndim > 1}
     assert others == {"encoder.class_token", "encoder.encoder.pos_embedding"}
-    assert all(weight is model.get_parameter(name) for name, weight in names.items())
+    for network, found in ((model, weights), (model, everything), (vit, names)):
+        assert all(weight is network.get_parameter(name) for name, weight in found.items())
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.1, 0.37])
 def test_after_r_rounds_the_pruned_fraction_is_the_papers(generator, fraction):
     """p_r is the sum of section 6 up to one weight; the largest stay, and masks only shrink."""
-    weights = some_weights(generator, ((101, 7), (333,)))
+    weights = some_weights(generator, (101, 7), (333,))
     masks, total, pruned = dense_masks(weights), 1040, 0.0
     for r in range(1, 15):
         before = masks
-        weights = some_weights(generator, ((101, 7), (333,)))  # "trained" anew
+        weights = some_weights(generator, (101, 7), (333,))  # "trained" anew
         masks = prune_smallest(before, weights, remaining(before) - kept_after(total, fraction, r))
         pruned += (1 - fraction) ** (r - 1) * fraction
         assert abs(total - remaining(masks) - pruned * total) <= 1
@@ -67,7 +58,7 @@ def test_after_r_rounds_the_pruned_fraction_is_the_papers(generator, fraction):
         assert [mask.shape for mask in masks.values()] == [w.shape for w in weights.values()]
 
 
-def test_ties_prune_no_more_than_asked():
+def test_ties_prune_no_more_than_asked_and_pruned_weights_are_not_counted_again():
     weights = {"w": torch.tensor([1.0, -1] * 5)}
     masks = prune_smallest(dense_masks(weights), weights, 2)
     assert masks["w"].tolist() == [False] * 2 + [True] * 8
@@ -75,49 +66,43 @@ def test_ties_prune_no_more_than_asked():
     masks = prune_smallest(dense_masks(weights), weights, 4)
     assert flat(masks).tolist() == [False] * 4 + [True] * 3
     assert flat(prune_smallest(masks, weights, 3)).tolist() == [False] * 7
-
-
-def test_pruned_weights_are_not_counted_again():
     masks = {"w": torch.tensor([False, True, True, True])}
     weights = {"w": torch.tensor([0.0, 3.0, -2.0, 1.0])}
     assert prune_smallest(masks, weights, 1)["w"].tolist() == [False, True, True, False]
     assert masks["w"].tolist() == [False, True, True, True]  # the argument is left alone
 
 
-def test_more_than_is_left_is_refused(generator):
-    weights = some_weights(generator)
-    masks = prune_smallest(dense_masks(weights), weights, 70)
+def test_more_than_is_left_and_masks_that_do_not_fit_are_refused(generator):
+    weights = some_weights(generator, (7, 3, 2), (11,), (5, 5))
+    dense = dense_masks(weights)
+    masks = prune_smallest(dense, weights, 70)
     for count in (remaining(masks) + 1, -1):
         with pytest.raises(ValueError, match="8 are left"):
             prune_smallest(masks, weights, count)
     assert remaining(prune_smallest(masks, weights, remaining(masks))) == 0
     with pytest.raises(ValueError, match="names"):
         prune_smallest(masks, {"other": weights["w0"]}, 1)
-
-
-def test_masks_that_do_not_fit_are_refused(generator):
-    weights = some_weights(generator)
-    longer = dense_masks(weights) | {"w1": torch.ones(12, dtype=torch.bool)}
-    for masks in ({"w0": torch.ones(7, 3, 2)}, longer):
+    for others in ({"w0": torch.ones(7, 3, 2)}, dense | {"w1": torch.ones(12, dtype=torch.bool)}):
         with pytest.raises(ValueError, match="fit"):
-            Masking(weights, masks)
-
-
-def small_network(generator):
-    model = materialize(classifier("resnet20"))
-    init_encoder_(model, generator)
-    weights = prunable(model)
-    masks = prune_smallest(dense_masks(weights), weights, 100_000)
-    return model, weights, masks
+            Masking(weights, others)
 
 
 def test_pruned_weights_are_zero_after_every_step_with_momentum_and_decay(generator):
-    model, weights, masks = small_network(generator)
+    model = init_encoder_(materialize(classifier("resnet20")), generator)
+    weights = prunable(model)
+    masks = prune_smallest(dense_masks(weights), weights, 100_000)
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     options = {"momentum": 0.9, "weight_decay": 1e-4, "fused": True}
     optimizer = torch.optim.SGD(model.parameters(), 0.1, **options)
-    loss(model, generator, 8).backward()
-    optimizer.step()  # leaves momentum in all weights, as rewinding to a later epoch does
+
+    def step():
+        optimizer.zero_grad()
+        images = torch.randn(8, 3, 32, 32, generator=generator)
+        labels = torch.randint(10, (8,), generator=generator)
+        F.cross_entropy(model.train()(images), labels).backward()
+        optimizer.step()
+
+    step()  # leaves momentum in all weights, as rewinding to a later epoch does
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(start[name])
@@ -125,15 +110,8 @@ def test_pruned_weights_are_zero_after_every_step_with_momentum_and_decay(genera
     masking()
     assert all(torch.equal(weight, start[name] * masks[name]) for name, weight in weights.items())
     for _ in range(3):
-        optimizer.zero_grad()
-        loss(model, generator, 8).backward()
-        optimizer.step()
+        step()
         assert any((w[~masks[name]] != 0).any() for name, w in weights.items())  # it moves them
         masking()
         assert all((w[~masks[name]] == 0).all() for name, w in weights.items())
         assert all((w[masks[name]] != 0).any() for name, w in weights.items())
-
-
-def loss(model, generator, n):
-    images = torch.randn(n, 3, 32, 32, generator=generator)
-    return F.cross_entropy(model.train()(images), torch.randint(10, (n,), generator=generator))
