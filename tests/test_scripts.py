@@ -103,15 +103,15 @@ def test_the_flags_are_these_and_each_has_help(script, monkeypatch, name):
 # run_distill.py
 
 
-def learnable(states):
-    """The entries of a state dict that are no buffers."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return {name: value for name, value in states.items() if not name.endswith(buffers)}
+def vector(tensors):
+    """Their entries one after the other, in float64: a copy."""
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
 
 
 def weights(states):
-    """The learnable entries of a state dict as one vector, in float64."""
-    return torch.cat([value.double().flatten() for value in learnable(states).values()])
+    """The entries of a state dict that are no buffers, as a ``vector``."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return vector(value for name, value in states.items() if not name.endswith(buffers))
 
 
 def part(states, prefix):
@@ -119,18 +119,14 @@ def part(states, prefix):
 
 
 def watch_steps(monkeypatch, kind=torch.optim.SGD):
-    """A list to which each step of optimizers of this kind adds (optimizer, before, after).
-
-    before, after: copies of the parameters.
-    """
+    """A list to which each step of such an optimizer adds itself and its weights, as a vector."""
     steps, plain = [], kind.step
 
     def step(optimizer, *arguments):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        before = [p.detach().clone() for p in parameters]
+        before = vector(parameters)
         plain(optimizer, *arguments)
-        after = [p.detach().clone() for p in parameters]
-        steps.append(SimpleNamespace(optimizer=optimizer, before=before, after=after))
+        steps.append(SimpleNamespace(optimizer=optimizer, before=before, after=vector(parameters)))
 
     monkeypatch.setattr(kind, "step", step)
     return steps
@@ -218,41 +214,38 @@ def test_a_network_trained_with_labels_becomes_the_teacher(script, finished, tmp
 
 
 def test_a_moving_teacher_moves_and_is_probed(script, finished, tmp_path):
-    log(script, tmp_path / "frozen", "--norm none --alpha 0.5 --lr 0.01 --epochs 0 --probe none")
-    frozen, moved = (
-        state(f / "checkpoint.pt")["teacher"] for f in (tmp_path / "frozen", finished["ema"])
-    )
-    assert not torch.equal(weights(frozen), weights(moved))
+    early, late = (state(finished[name] / "checkpoint.pt") for name in ("half ema", "ema"))
+    assert not torch.equal(weights(early["teacher"]), weights(late["teacher"]))
     rows = table(finished["ema"] / "log.csv")
     assert rows[0]["teacher_entropy"] != rows[-1]["teacher_entropy"]
-    seldom = log(script, tmp_path / "run", CASES["ema"].flags, "--probe-every 2")
+    seldom = log(script, tmp_path, CASES["ema"].flags, "--probe-every 2")
     probed = [rows[0]["teacher_knn"], None, rows[2]["teacher_knn"], rows[3]["teacher_knn"]]
     assert [row["teacher_knn"] for row in seldom] == probed
 
 
-@pytest.mark.parametrize("decays", [(0, 0), (0.1, 0.01)])
-def test_the_optimizers_flags_reach_it(script, tmp_path, monkeypatch, decays):
+DECAYS = "--lr 0.02 --weight-decay 0.1 --bias-decay 0.01"
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr", "decays"), [("", 0.001, [0, 0]), (DECAYS, 0.02, [0.1, 0.01])]
+)
+def test_the_optimizers_flags_reach_it(script, tmp_path, monkeypatch, flags, lr, decays):
     """No decay unless asked for; of weights, and of biases and norms, apart."""
     steps = watch_steps(monkeypatch, torch.optim.AdamW)
-    flags = "--lr 0.02 --weight-decay {} --bias-decay {}".format(*decays) if any(decays) else ""
     log(script, tmp_path, "--epochs 1 --probe none", flags)
     groups = steps[0].optimizer.param_groups
-    assert [group["weight_decay"] for group in groups] == list(decays)
+    assert [group["weight_decay"] for group in groups] == decays
     assert [{p.ndim for p in group["params"]} for group in groups] == [{2, 4}, {1}]
-    for group in groups:
-        assert group["lr"] == (0.02 if flags else 0.001)
-        assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+    options = [(group["lr"], group["betas"], group["eps"]) for group in groups]
+    assert options == [(lr, (0.9, 0.999), 1e-8)] * 2
 
 
 def test_lower_precision_begins_in_float32(script, finished, tmp_path, monkeypatch):
     """--fp32-steps of them, without TF32, which holds for training steps alone."""
-    flags = "--epochs 2 --probe none --precision"
+    flags, whole = "--epochs 2 --probe none --precision", table(finished["distill"] / "log.csv")
     late = log(script, tmp_path / "late", flags, "bf16 --fp32-steps 3")
     bf16 = log(script, tmp_path / "bf16", flags, "bf16")
-    fp32, late, bf16 = (
-        [row["loss"] for row in rows[:3]]
-        for rows in (table(finished["distill"] / "log.csv"), late, bf16)
-    )
+    fp32, late, bf16 = ([row["loss"] for row in rows[:3]] for rows in (whole, late, bf16))
     assert fp32[:2] == late[:2] and fp32[2] != late[2]
     assert bf16 == fp32  # by default the first 100 steps
     seen, backward = [], torch.Tensor.backward
@@ -326,9 +319,6 @@ def test_every_encoder_is_distilled(script, tmp_path, encoder):
     flags = f"--encoder {encoder} --subset 16 --epochs 1 --probe none --alpha 0.5"
     rows = log(script, tmp_path, flags)
     assert len(rows) == 2 and rows[1]["distance_total"] > 0
-
-
-# Sweeps
 
 
 def test_a_sweep_has_a_run_for_each_combination(script, finished, tmp_path):
@@ -429,11 +419,6 @@ def test_each_round_prunes_a_fifth_of_what_is_left(finished):
         assert all((trained[name][~mask] == 0).all() for name, mask in masks.items())
 
 
-def in_order(states, contents):
-    """Entries of a dict by parameter name, in the order in which an optimizer has them."""
-    return [states.get(name) for name in learnable(contents["training"]["classifier"])]
-
-
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_each_round_starts_at_mask_times_rewind_weights(script, tmp_path, monkeypatch, epoch):
     """Bit for bit; and what is pruned is exactly 0 whenever a step begins."""
@@ -441,30 +426,25 @@ def test_each_round_starts_at_mask_times_rewind_weights(script, tmp_path, monkey
     flags = f"{SUPERVISED} --epochs 3 --rounds 2 --rewind-epoch {epoch} --out {tmp_path}"
     well(script("imp", flags))
     contents = state(tmp_path / "chains" / f"init0-rewind{epoch}.pt")
-    rewound = in_order(contents["rewind"]["classifier"], contents)
-    masks = in_order(contents["masks"], contents)
-    assert difference(rewound, steps[3 * epoch].before) == ""
-    again, previous = 3 * (3 - epoch), [True] * len(masks)
+    rewind, masks = contents["rewind"]["classifier"], contents["masks"]
+    rewound, again = weights(rewind), 3 * (3 - epoch)
+    may = weights({name: torch.full_like(w, name in masks) for name, w in rewind.items()}) == 1
+    assert torch.equal(steps[3 * epoch].before, rewound)
+    kept = torch.ones_like(may)
     for first in (9, 9 + again):
-        begin = steps[first].before
-        kept = [True if m is None else b != 0 for b, m in zip(begin, masks, strict=True)]
-        assert all(torch.equal(b, r * k) for b, r, k in zip(begin, rewound, kept, strict=True))
-        pairs = zip(kept, previous, strict=True)  # a mask only shrinks
-        assert not any(k is not True and (k & ~torch.as_tensor(p)).any() for k, p in pairs)
-        for step, k in itertools.product(steps[first : first + again], range(len(kept))):
-            assert kept[k] is True or (step.before[k][~kept[k]] == 0).all()
-        previous = kept
-    assert all(m is None or torch.equal(k, m) for k, m in zip(previous, masks, strict=True))
-    assert len(steps) == 9 + 2 * again
+        before, kept = kept, (steps[first].before != 0) | ~may
+        assert torch.equal(steps[first].before, rewound * kept)
+        assert not (kept & ~before).any()  # a mask only shrinks
+        assert all((step.before[~kept] == 0).all() for step in steps[first : first + again])
+    assert torch.equal(kept[may], vector(masks.values()) == 1) and len(steps) == 9 + 2 * again
 
 
 def test_pruned_are_the_smallest_of_the_trained_weights(script, tmp_path, monkeypatch):
     steps = watch_steps(monkeypatch)
     flags = f"{SUPERVISED} --epochs 1 --rounds 1 --prune all --prune-fraction 0.5 --out {tmp_path}"
     well(script("imp", flags))
-    trained = torch.cat([w.flatten().abs() for w in steps[2].after])
     masks = state(tmp_path / "chains" / "init0-rewind0.pt")["masks"]
-    kept = torch.cat([mask.flatten() for mask in masks.values()])
+    trained, kept = steps[2].after.abs(), vector(masks.values()) == 1
     assert trained[kept].min() >= trained[~kept].max()
     assert len(kept) == 272_474 and (~kept).sum() == 272_474 // 2
     assert "encoder.1.weight" in masks and "fc.bias" in masks
@@ -556,8 +536,8 @@ def test_runs_share_their_start_alone_and_a_point_is_the_mixture_of_its_ends(
     flags = f"{SUPERVISED} --dataset folder --data-dir {images} --subset 16 --test-subset 8"
     flags += " --epochs 2 --runs 2 --points 5 --bn-statistics recompute interpolate"
     well(script("lmc", flags, "--out", tmp_path / "run"))
-    assert len(steps) == 4 and difference(steps[0].before, steps[2].before) == ""
-    assert difference(steps[0].after, steps[2].after) != "", "the same images in the same way"
+    assert len(steps) == 4 and torch.equal(steps[0].before, steps[2].before)
+    assert not torch.equal(steps[0].after, steps[2].after), "the same images in the same way"
     saved = [state(tmp_path / "run" / "runs" / f"init0-run{run}.pt") for run in (0, 1)]
     one, two = (contents["training"]["classifier"] for contents in saved)
     mixed = {k: torch.lerp(a, two[k], 0.25) if a.is_floating_point() else a for k, a in one.items()}
@@ -581,17 +561,17 @@ def test_runs_share_their_start_alone_and_a_point_is_the_mixture_of_its_ends(
             assert row[f"{name}_error"] == pytest.approx(error)
 
 
-def test_without_batch_norm_there_is_nothing_to_recompute(script, finished, tmp_path):
-    flags = f"{SUPERVISED} --init {finished['layer']}/checkpoint.pt:student --epochs 1 --runs 2"
-    flags += f" --points 2 --bn-statistics recompute interpolate --out {tmp_path}"
-    well(script("lmc", flags))
-    assert [row["bn"] for row in table(tmp_path / "lmc.csv")] == ["none"] * 2
-
-
-def test_a_start_brings_its_normalisation(script, finished, tmp_path):
-    path = finished["elsewhere"] / "checkpoint.pt"
+@pytest.mark.parametrize(
+    ("name", "bn"), [("layer", {"none"}), ("elsewhere", {"recompute", "interpolate"})]
+)
+def test_a_start_brings_its_normalisation_and_without_batch_norm_nothing_is_recomputed(
+    script, finished, tmp_path, name, bn
+):
+    path = finished[name] / "checkpoint.pt"
     flags = f"{SUPERVISED} --init {path}:student --epochs 1 --runs 2 --points 2"
-    well(script("lmc", flags, "--out", tmp_path))
+    well(script("lmc", flags, "--bn-statistics recompute interpolate --out", tmp_path))
+    rows = table(tmp_path / "lmc.csv")
+    assert {row["bn"] for row in rows} == bn and len(rows) == 2 * len(bn)
     one, two = (state(p)["data"] for p in (path, tmp_path / "runs" / "init0-run1.pt"))
     assert (one["mean"], one["std"]) == (two["mean"], two["std"])
 
@@ -607,13 +587,11 @@ def test_the_plane_goes_through_the_three_networks(finished):
     assert abs(at[0, 0]["train_kl"]) < 1e-12
     assert all(row["train_kl"] > 1e-7 for place, row in at.items() if place != (0, 0))
     assert all(row["linear"] is None and 0 <= row["knn"] <= 100 for row in rows)
-    for place, name, which in (
-        ((0, 0), "a", "teacher"),
-        ((1, 0), "a", "student"),
-        ((0, 1), "b", "student"),
-    ):
-        network = weights(state(finished[name] / "checkpoint.pt")[which])
-        assert at[place]["norm_total"] == pytest.approx(network.norm().item(), rel=1e-5)
+    a, b = (state(finished[name] / "checkpoint.pt") for name in ("a", "b"))
+    networks = {(0, 0): a["teacher"], (1, 0): a["student"], (0, 1): b["student"]}
+    for place, network in networks.items():
+        norm = weights(network).norm().item()
+        assert at[place]["norm_total"] == pytest.approx(norm, rel=1e-5)
     points = [tuple(row.values()) for row in table(finished["landscape"] / "points.csv")]
     assert points == [("theta_T", 0, 0), ("theta*_S(0.1)", 1, 0), ("theta*_S(1)", 0, 1)]
 
@@ -622,17 +600,13 @@ def test_the_plane_goes_through_the_three_networks(finished):
 def test_the_loss_at_a_corner_is_that_of_its_network(script, finished, tmp_path, more):
     """KL of the teacher's and the student's softmaxed outputs, with and without the head."""
     path, images = finished["elsewhere"] / "checkpoint.pt", finished["images"]
-    flags = f"--origin {path}:teacher --x-axis {path}:student --y-axis {path}:student-init {DATA} "
-    flags += IMAGES.format(images=images) + f" --probe none --no-plot {more} --out {tmp_path}"
-    well(script("landscape", flags, "--x-range 0 1 2 --y-range 0 1 2"))
+    flags = [dict(readers(path))["landscape"], IMAGES.format(images=images), more]
+    flags.append("--probe none --bn-statistics interpolate --out")
+    well(script("landscape", flags, tmp_path))
     (row,) = pairs_of(table(tmp_path / "landscape.csv"), x=1, y=0)
-    contents = state(path)
-    both = [
-        models.network_of(contents[who], **contents["model"]).eval()
-        for who in ("teacher", "student")
-    ]
+    both = [rtd.load_network(path, name) for name in ("teacher", "student")]
     for split in ("train", "test"):
-        x, _ = read_images(images / split, contents["data"])
+        x, _ = read_images(images / split, state(path)["data"])
         with torch.no_grad():
             log_p, log_q = ((n.encoder if more else n)(x).double().log_softmax(1) for n in both)
         kl = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
