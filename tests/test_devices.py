@@ -13,11 +13,11 @@ from helpers import TINY, finish, readers, start
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from rtd import interpolation, landscape, last_layer, losses, probes, pruning
-from rtd.data import Dataset, Split, normalize
+from rtd import distill, interpolation, landscape, last_layer, losses, probes, pruning
+from rtd.data import Dataset, Split
 from rtd.errors import InputError
 from rtd.harness import device as devices
-from rtd.models import autocast, build_network, random_network
+from rtd.models import build_network, random_network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
@@ -25,8 +25,16 @@ SMALL = {"encoder": "resnet20", "out_dim": 300, "hidden_dim": 32, "bottleneck_di
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def some_images(device, n=8):
-    return torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device=device)
+def black(device):
+    """A data set of 8 images."""
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=device)
+    split = Split(images, torch.arange(8, device=device) % 2)
+    return Dataset("black", split, split, 2, MEAN, STD)
+
+
+def student_of_itself(network, data, kind="ce"):
+    answers = distill.teacher_answers(network, MEAN, STD, 1.0, data.train.images)
+    return distill.Distiller(network.train(), distill.FrozenTeacher(network, answers), data, kind)
 
 
 def waits(function):
@@ -119,33 +127,29 @@ def test_outputs_come_in_blocks_on_cpus_and_all_at_once_on_gpus():
     assert found == [[slice(0, 200), slice(200, 300)], [slice(0, 300)]]
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("encoder", ["resnet20", "vgg11", "vit-tiny"])
-def test_a_step_stays_on_its_device_and_waits_for_nothing(meta, encoder, dtype):
-    network = build_network(**SMALL | {"encoder": encoder}).train()
-    last = network.head.l2_bottleneck
-    teacher = last.normalized_weight().detach()
+def test_a_step_stays_on_its_device_and_waits_for_nothing(meta, encoder, precision):
+    network, index = build_network(**SMALL | {"encoder": encoder}), torch.arange(8, device=meta)
     for kind in last_layer.LOSSES:
-        network.zero_grad()
-        z = network.bottleneck(normalize(some_images(meta), MEAN, STD))
-        lme_t = last_layer.output_log_mean_exp(z.detach(), teacher)
-        arguments = z, last.last_layer.weight, z.detach(), teacher, lme_t, kind
-        result = last_layer.last_layer_loss(*arguments, dtype=dtype, diagnostics=True)
+        distiller = student_of_itself(network, black(meta), kind)
+        result = distiller(index, observe=True, precision=precision)
         result.loss.backward()
         assert all(value.device == meta for value in result)
         assert all(p.grad.device == meta for p in network.parameters())
+        distiller.after_step()
 
 
 def test_lines_masks_and_divergences_stay_on_their_device_and_wait_for_nothing(meta):
-    network = build_network(**SMALL).eval()
-    interpolation.recompute_batch_norm_(network, some_images(meta), MEAN, STD, batch_size=3)
+    network, images = build_network(**SMALL).eval(), black(meta).train.images
+    interpolation.recompute_batch_norm_(network, images, MEAN, STD, batch_size=3)
     state = network.state_dict()
     mixed = interpolation.interpolate(state, state, 0.3)
     assert {x.device for x in (*state.values(), *mixed.values())} == {meta}
     weights = pruning.prunable(network)
     masks = {name: torch.ones(w.shape, dtype=torch.bool) for name, w in weights.items()}
     pruning.Masking(weights, masks)()  # read from a file, they are on the CPU
-    f = probes.extract_features(network.encoder, some_images(meta), MEAN, STD, batch_size=3)
+    f = probes.extract_features(network.encoder, images, MEAN, STD, batch_size=3)
     z, weight = torch.empty(8, 16, device=meta), torch.empty(300, 16, device=meta)
     sides = landscape.teacher_side(z, weight)
     found = landscape.divergences(z, weight, z, weight, *sides)
@@ -154,8 +158,7 @@ def test_lines_masks_and_divergences_stay_on_their_device_and_wait_for_nothing(m
 
 def test_a_point_of_a_landscape_is_waited_for_once_and_one_of_a_line_never():
     network = random_network(torch.Generator().manual_seed(0), **SMALL).eval()
-    split = Split(some_images("cpu"), torch.arange(8) % 2)
-    place = landscape.Landscape(network, Dataset("black", split, split, 2, MEAN, STD), batch_size=2)
+    place = landscape.Landscape(network, black("cpu"), batch_size=2)
     assert waits(lambda: place.recompute_batch_norm_(network)) == 0
     assert waits(lambda: place.evaluate(network)) <= 1  # tolist on the CPU counts as none
     state = network.state_dict()
@@ -215,20 +218,15 @@ def test_cuda_gives_the_cpus_numbers():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_cuda_is_not_waited_for_within_a_step(precision):
     """Forward, backward and optimizer; torch itself tells."""
-    network = random_network(torch.Generator().manual_seed(0), **SMALL).cuda().train()
-    last = network.head.l2_bottleneck
-    images, teacher = some_images("cuda"), last.normalized_weight().detach()
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    network = random_network(torch.Generator().manual_seed(0), **SMALL).cuda()
+    distiller, index = student_of_itself(network, black("cuda")), torch.arange(8, device="cuda")
+    optimizer = distill.adamw(network)
     for step in range(3):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # at first all may wait
         try:
-            optimizer.zero_grad()
-            with autocast(images.device, precision):
-                z = network.bottleneck(normalize(images, MEAN, STD))
-            dtype = torch.bfloat16 if precision == "bf16" else None
-            arguments = z, last.last_layer.weight, z.detach(), teacher
-            last_layer.last_layer_loss(*arguments, dtype=dtype).loss.backward()
+            distiller(index, precision=precision).loss.backward()
             optimizer.step()
+            distiller.after_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
