@@ -5,6 +5,7 @@ takes seconds, a tiny run less than one. So one server process imports it once a
 fork of it: a real process with its own signals, files and random state, but without the seconds.
 """
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -32,8 +33,7 @@ DATA = "--subset 40 --test-subset 30 --device cpu"
 TINY = f"{DATA} --encoder resnet20 --head-hidden 32 --bottleneck-dim 16 --out-dim 64"
 TINY += " --batch-size 16 --k 5 --no-plot"
 SUPERVISED = f"{DATA} --encoder resnet20 --batch-size 16 --no-plot"  # of the scripts with labels
-PLANE = "--origin {a}/checkpoint.pt:teacher --x-axis {a}/checkpoint.pt:student"
-PLANE += f" --y-axis {{b}}/checkpoint.pt:student {DATA} --k 5"
+PLANE = f"--origin {{0}}:teacher --x-axis {{0}}:student --y-axis {{1}} {DATA} --k 5 --no-plot"
 
 
 class Case(NamedTuple):
@@ -54,6 +54,7 @@ class Case(NamedTuple):
 LOG, CHAINS = (["log.csv"], ["*.pt"]), (["imp.csv", "chains/*.csv"], ["chains/*.pt"])
 MOVING = "--norm none --ema 0.3 --alpha 0.5 --lr 0.01"
 ROUNDS, GRID = "--rounds 2 --rewind-epoch 0 1", "--x-range -1 1 5 --y-range 0 1 3"
+CORNERS = PLANE.format("{a}/checkpoint.pt", "{b}/checkpoint.pt:student")
 LINES = "--points 5 --line-subset 20 --bn-statistics recompute interpolate"
 IMAGES = "--dataset folder --data-dir {images} --subset 12 --test-subset 8"
 CASES = {
@@ -68,7 +69,7 @@ CASES = {
                     "--rounds 1"),
     "lmc": Case("lmc", f"{SUPERVISED} --epochs 2 --runs 3 {LINES}",
                 ["lmc.csv", "barriers.csv"], ["runs/*.pt"], "--points 3"),
-    "landscape": Case("landscape", f"{PLANE} --probe knn {GRID} --no-plot",
+    "landscape": Case("landscape", f"{CORNERS} --probe knn {GRID}",
                       ["landscape.csv", "points.csv"]),
     # what others read, and what is only refused
     "a": Case("distill", f"{TINY} --alpha 0.1 --epochs 1 --probe none"),
@@ -87,9 +88,8 @@ def readers(path):
     yield "probe", f"{path} {DATA} --k 5"
     yield "imp", f"{starts} --rounds 1"
     yield "lmc", f"{starts} --runs 2 --points 3 --bn-statistics recompute interpolate"
-    plane = f"--origin {path}:teacher --x-axis {path}:student --y-axis {path}:student-init {DATA}"
-    plane += " --k 5 --bn-statistics recompute --x-range 0 1 2 --y-range 0 1 2 --no-plot"
-    yield "landscape", plane
+    grid = "--bn-statistics recompute --x-range 0 1 2 --y-range 0 1 2"
+    yield "landscape", f"{PLANE.format(path, f'{path}:student-init')} {grid}"
 
 
 def words(flags):
@@ -106,10 +106,8 @@ def words(flags):
 def number(cell):
     """A cell of a table as int, float, None for nothing, or str."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(cell)
-        except ValueError:
-            pass
     return cell or None
 
 
