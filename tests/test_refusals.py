@@ -8,23 +8,28 @@ import torch
 from helpers import CASES, DATA, TINY, one_sentence, snapshot
 
 # scripts, then flags or other flags, added to those of a run that works | words of the sentence: by
-# default the flag. {name}: folder of a finished run; file: a file; other: a folder that holds a
+# default the flags. {name}: folder of a finished run; file: a file; other: a folder that holds a
 # letter; !: without other flags.
 REFUSED = """
 distill --epochs -1; --epochs two; --epochs 1.5; --epochs-of 0; --batch-size 0; --batch-size -3
 distill --weight-decay -1; --bias-decay nan; --alpha 1.5; --alpha -0.1; --alpha nan; --ema 2; --k 0
 distill --out-dim 0; --out-dim 99999999999999999999; --bottleneck-dim 0; --head-hidden 0; --seed
 distill --loss huber; --precision fp16; --device gpu; --device cuda; --seed -1; --probe svm
-distill --probe none knn; --probe-every 0; --probe-epochs 0; --log-every 0; --epoch 3; --subset 0
-distill --save-every 0; --fp32-steps -1; --student-temperature 0; --teacher-temperature nan
-distill --out file
-imp --rounds -1; --rounds 60; --prune-fraction 0; --prune-fraction 1; --prune some; --rewind-epoch 3
-imp --rewind-epoch 0 0; --init random random; --init random:1 random:01; --init random:x; --lr nan
-imp --init student; --epochs 0; --save-every 0; --subset 5000
+distill --probe-every 0; --probe-epochs 0; --log-every 0; --epoch 3; --subset 0; --save-every 0
+distill --fp32-steps -1; --student-temperature 0; --teacher-temperature nan; --out file
+distill --plot-format bmp
+distill,imp,lmc,landscape --resume --overwrite
+imp --rounds -1; --rounds 60; --prune-fraction 0; --prune-fraction 1; --prune some; --control same
+imp --rewind-epoch 3; --init student; --init random:1 random:01; --init random:x; --lr nan
+imp --epochs 0; --save-every 0; --subset 5000
 lmc --runs 1; --points 1; --bn-statistics none; --bn-batches 0; --line-subset 41; --epochs 0
-lmc --init random random
 landscape --x-range 1 0 5; --x-range 0 1 0; --x-range 0 0 2; --y-range a 1 5; --y-range nan 1 5
 landscape --plane curved; --k 41; --bn-statistics none; --batch-size 0; --subset 5000
+probe {distill}/best.pt --probe none; {distill}/best.pt --network tutor
+probe {distill}/best.pt --dataset noise; {distill}/best.pt --device cuda
+distill --probe none knn                              | --probe
+imp --rewind-epoch 0 0                                | --rewind-epoch once
+imp,lmc --init random random                          | --init once
 distill --lr 0; --lr nan; --lr inf; --lr -0.1         | --lr above 0
 distill --alpha 0 0                                   | --alpha once
 distill --encoder vgg12                               | --encoder vgg12 vgg11
@@ -34,7 +39,6 @@ distill --k 41                                        | --k 41 40
 distill --subset 5000; --subset 40 5000               | --subset 5000 1347
 distill --subset 40 4                                 | --k 5
 distill --test-subset 451                             | --test-subset 451 450
-distill,imp,lmc,landscape --resume --overwrite        | --resume --overwrite
 distill --dataset cifar10                             | --data-dir cifar10
 distill --dataset noise; --dataset digits cifar10     | --data-dir
 distill --dataset cifar10 --data-dir nowhere; --dataset folder --data-dir nowhere; \
@@ -65,29 +69,23 @@ distill --out {distill} --resume --lr 0.5             | --lr was 0.001, is 0.5
 distill --out {distill} --resume --seed 3             | --seed was 0, is 3
 distill --out {distill} --resume --encoder vgg11      | --encoder was resnet20, is vgg11
 distill --out {distill} --resume --epochs 2           | --epochs 2
-distill --plot-format bmp                             | --plot-format bmp
 probe!                                                | CHECKPOINT
 probe {distill}/missing.pt                            | missing.pt
 probe {distill}                                       | distill
 probe {distill}/log.csv                               | log.csv
 probe {distill}/best.pt file                          | file
 probe {imp}/chains/init0-rewind0.pt                   | init0-rewind0.pt run_distill.py
-probe {distill}/best.pt --probe none                  | --probe none
-probe {distill}/best.pt --network tutor               | --network tutor
 probe {distill}/best.pt --k 41                        | --k 41 40
 probe {distill}/best.pt --out file                    | file --overwrite
 probe {distill}/best.pt --out nowhere/probe.csv       | nowhere
 probe {distill}/best.pt --dataset cifar10             | --data-dir
-probe {distill}/best.pt --dataset noise               | --dataset noise
 probe {distill}/best.pt --seed x                      | --seed 'x'
-probe {distill}/best.pt --device cuda                 | --device cuda
 probe {distill}/best.pt --image-size 64               | --image-size 32
 imp --init nowhere.pt:student                         | nowhere.pt
 imp --init {layer}/best.pt:student                    | best.pt
 imp --init {layer}/checkpoint.pt:student {a}/checkpoint.pt:student | --init norm
 imp --init {a}/checkpoint.pt:student --encoder resnet56 | --encoder
 imp,lmc --init {a}/checkpoint.pt:student --image-size 64 | --image-size 32
-imp --control same                                    | --control same
 imp --out {imp}                                       | --out --resume --overwrite
 imp --out {imp} --resume --epochs 4                   | --epochs was 3, is 4
 imp --out {imp} --resume --rounds 1                   | --rounds 1
@@ -117,7 +115,7 @@ def rows():
         scripts, _, flags = flags.partition(" ")
         for name, more in itertools.product(scripts.split(","), flags.split(";")):
             more = " ".join(more.split())
-            yield pytest.param(name, more, words or more.split()[0], id=f"{name} {more}")
+            yield pytest.param(name, more, words or more[more.index("--") :], id=f"{name} {more}")
 
 
 @pytest.mark.parametrize(("name", "flags", "words"), rows())
