@@ -40,11 +40,11 @@ def script(monkeypatch, capsys):
 class Finished(dict):
     """{name of a case: folder of its unbroken run}, made when it is asked for; not to be changed.
 
-    "half NAME" is a run that was begun shorter. seconds: how long each took.
+    "half NAME" is a run that was begun shorter. seconds: how long each took; said: its output.
     """
 
     def __init__(self, folder):
-        self.folder, self.seconds = folder, {}
+        self.folder, self.seconds, self.said = folder, {}, {}
 
     def flags(self, name):
         """The words of a case's command line."""
@@ -53,26 +53,18 @@ class Finished(dict):
     def __missing__(self, name):
         path = self.folder / name.replace(" ", "-")
         if name == "images":
-            self[name] = image_folder(path)
-            return path
+            return self.setdefault(name, image_folder(path))
         whole = name.removeprefix("half ")
         flags = [self.flags(whole), CASES[whole].shorter * (name != whole)]  # may make others first
         began = time.monotonic()
-        finish(start(CASES[whole].script, flags, "--out", path))
+        self.said[name] = finish(start(CASES[whole].script, flags, "--out", path)).out
         self.seconds[name] = time.monotonic() - began
-        self[name] = path
-        return path
+        return self.setdefault(name, path)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     return Finished(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture
-def tiny_run(finished):
-    """The folder of a finished distillation of 4 tiny epochs, not to be changed."""
-    return finished["distill"]
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ takes seconds, a tiny run less than one. So one server process imports it once a
 fork of it: a real process with its own signals, files and random state, but without the seconds.
 """
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -32,8 +33,7 @@ DATA = "--subset 40 --test-subset 30 --device cpu"
 TINY = f"{DATA} --encoder resnet20 --head-hidden 32 --bottleneck-dim 16 --out-dim 64"
 TINY += " --batch-size 16 --k 5 --no-plot"
 SUPERVISED = f"{DATA} --encoder resnet20 --batch-size 16 --no-plot"  # of the scripts with labels
-PLANE = "--origin {a}/checkpoint.pt:teacher --x-axis {a}/checkpoint.pt:student"
-PLANE += f" --y-axis {{b}}/checkpoint.pt:student {DATA} --k 5"
+PLANE = f"--origin {{0}}:teacher --x-axis {{0}}:student --y-axis {{1}} {DATA} --k 5 --no-plot"
 
 
 class Case(NamedTuple):
@@ -54,6 +54,7 @@ class Case(NamedTuple):
 LOG, CHAINS = (["log.csv"], ["*.pt"]), (["imp.csv", "chains/*.csv"], ["chains/*.pt"])
 MOVING = "--norm none --ema 0.3 --alpha 0.5 --lr 0.01"
 ROUNDS, GRID = "--rounds 2 --rewind-epoch 0 1", "--x-range -1 1 5 --y-range 0 1 3"
+CORNERS = PLANE.format("{a}/checkpoint.pt", "{b}/checkpoint.pt:student")
 LINES = "--points 5 --line-subset 20 --bn-statistics recompute interpolate"
 IMAGES = "--dataset folder --data-dir {images} --subset 12 --test-subset 8"
 CASES = {
@@ -68,7 +69,7 @@ CASES = {
                     "--rounds 1"),
     "lmc": Case("lmc", f"{SUPERVISED} --epochs 2 --runs 3 {LINES}",
                 ["lmc.csv", "barriers.csv"], ["runs/*.pt"], "--points 3"),
-    "landscape": Case("landscape", f"{PLANE} --probe knn {GRID} --no-plot",
+    "landscape": Case("landscape", f"{CORNERS} --probe knn {GRID}",
                       ["landscape.csv", "points.csv"]),
     # what others read, and what is only refused
     "a": Case("distill", f"{TINY} --alpha 0.1 --epochs 1 --probe none"),
@@ -76,9 +77,19 @@ CASES = {
     "seed1": Case("distill", f"{TINY} --seed 1 --epochs 4"),
     "narrow": Case("distill", f"{TINY} --out-dim 32 --epochs 0 --probe none"),
     "layer": Case("distill", f"{TINY} --norm layer --epochs 0 --probe none"),
-    "elsewhere": Case("distill", f"{TINY} {IMAGES} --epochs 1 --probe none"),
+    "elsewhere": Case("distill", f"{TINY} {IMAGES} --alpha 1 --epochs 1 --probe none"),
 }
 # fmt: on
+
+
+def readers(path):
+    """(script, flags) of the other scripts, which read the networks of a distillation."""
+    starts = f"{SUPERVISED} --init {path}:student random --epochs 1"
+    yield "probe", f"{path} {DATA} --k 5"
+    yield "imp", f"{starts} --rounds 1"
+    yield "lmc", f"{starts} --runs 2 --points 3 --bn-statistics recompute interpolate"
+    grid = "--bn-statistics recompute --x-range 0 1 2 --y-range 0 1 2"
+    yield "landscape", f"{PLANE.format(path, f'{path}:student-init')} {grid}"
 
 
 def words(flags):
@@ -95,10 +106,8 @@ def words(flags):
 def number(cell):
     """A cell of a table as int, float, None for nothing, or str."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(cell)
-        except ValueError:
-            pass
     return cell or None
 
 
@@ -120,8 +129,8 @@ def change(path, edit):
     torch.save(contents, path)
 
 
-TIMINGS = {"seconds", "images_per_second"}
-OWN = {"config", "identity", "checksum", *TIMINGS}  # what two equal runs need not share
+# What two equal runs need not share.
+OWN = {"config", "identity", "checksum", "seconds", "images_per_second"}
 
 
 def difference(a, b, where=""):
@@ -140,19 +149,13 @@ def difference(a, b, where=""):
         equal = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
         return "" if equal else f"{where}: tensors"
     else:
-        return "" if a == b or a != a and b != b else f"{where}: {a!r} and {b!r}"
+        return "" if repr(a) == repr(b) else f"{where}: {a!r} and {b!r}"
     return next(filter(None, (difference(x, y, f"{where}/{k}") for k, x, y in parts)), "")
-
-
-def cells(path):
-    """The rows of a CSV file as text, without timings."""
-    with open(path, newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
 
 
 def runs_differ(case, a, b):
     """Where the folders ``a`` and ``b`` of two runs of ``case`` differ first; "" if they do not."""
-    for read, patterns in ((cells, case.tables), (state, case.states)):
+    for read, patterns in ((table, case.tables), (state, case.states)):
         for pattern in patterns:
             names = [{str(p.relative_to(f)) for p in f.glob(pattern)} for f in (a, b)]
             if names[0] != names[1] or not names[0]:
@@ -169,14 +172,14 @@ def snapshot(folder):
     return {str(p.relative_to(folder)): p.lstat().st_mtime_ns for p in files}
 
 
-def image_folder(path, seed=0, train=12, test=8, low=0, high=256):
+def image_folder(path, seed=0, train=12, test=8):
     """Noise of two classes as PNG files, the way --dataset folder wants them; returns ``path``."""
     draw = np.random.default_rng(seed)
     for split, count in (("train", train), ("test", test)):
         for name in ("one", "two"):
             (path / split / name).mkdir(parents=True)
             for i in range(count // 2):
-                pixels = draw.integers(low, high, (32, 32, 3), dtype=np.uint8)
+                pixels = draw.integers(256, size=(32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(path / split / name / f"{i}.png")
     return path
 
@@ -193,7 +196,7 @@ _context.set_forkserver_preload(
 )
 
 
-def _script(name, flags, out, err, env, before):
+def _script(out, err, name, flags, before, env):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -209,11 +212,10 @@ def _script(name, flags, out, err, env, before):
 class Script:
     """A running script, with the part of subprocess.Popen's interface that the tests use."""
 
-    def __init__(self, name, flags, env, before):
+    def __init__(self, *arguments):
         self.folder = tempfile.mkdtemp(prefix="rtd-test-")
         self._files = [Path(self.folder, kind) for kind in ("out", "err")]
-        arguments = (name, list(words(flags)), *map(str, self._files), env, before)
-        self._process = _context.Process(target=_script, args=arguments)
+        self._process = _context.Process(target=_script, args=(*self._files, *arguments))
         self._process.start()
         self.pid = self._process.pid
 
@@ -247,43 +249,43 @@ class Script:
             os.kill(self.pid, number)
 
 
-def start(name, *flags, before="", **env):
-    """The script ``name`` with ``flags``, begun; ``before``: Python code that it executes first."""
-    return Script(name, flags, env, before)
-
-
-def start_two(name, *flags):
-    """The script on two processes, with the environment that torchrun gives them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    return [start(name, *flags, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
-
-
-def finish(*processes):
-    """The ``Result`` of all together, when all have ended well."""
-    results = [process.wait() for process in processes]
+def well(*results):
+    """The ``Result`` of all together, all of which must have ended well."""
     assert all(result.code == 0 for result in results), results
     return Result(0, "".join(r.out for r in results), "".join(r.err for r in results))
 
 
+def start(name, *flags, before="", **env):
+    """The script ``name`` with ``flags``, begun; ``before``: Python code that it executes first."""
+    return Script(name, list(words(flags)), before, env)
+
+
+def start_two(name, *flags):
+    """The script on two processes, with the environment that torchrun gives them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [start(name, *flags, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
+
+
+def finish(*processes):
+    """The ``Result`` of all together, when all have ended, and must have ended well."""
+    return well(*(process.wait() for process in processes))
+
+
 def shell(command, **env):
     """A shell's command line run to its end: the real thing, seconds of imports included."""
-    env = {**os.environ, **env}
-    done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=env, timeout=300
-    )
+    options = {"env": {**os.environ, **env}, "cwd": ROOT, "timeout": 300}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, **options)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
 def launch(name, *flags):
     """The script under torchrun itself, on two processes, begun: a subprocess.Popen."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / f"run_{name}.py"), *words(flags)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *torchrun, f"run_{name}.py", *words(flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, env=env, cwd=ROOT)
+    return subprocess.Popen(command, **pipes, text=True, cwd=ROOT)
 
 
 def one_sentence(result, *mentioned):

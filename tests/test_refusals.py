@@ -1,58 +1,57 @@
 """Bad flags: one sentence on stderr that names them, exit code 2, and nothing is written."""
 
+import itertools
 import os
 
 import pytest
 import torch
 from helpers import CASES, DATA, TINY, one_sentence, snapshot
 
-# Values that are wrong whatever else is said: the sentence must name the flag.
-WRONG = {
-    "distill": """--epochs -1; --epochs two; --epochs 1.5; --epochs-of 0; --batch-size 0; --ema 2;
-        --batch-size -3; --weight-decay -1; --bias-decay nan; --alpha 1.5; --alpha -0.1; --k 0;
-        --alpha nan; --out-dim 0; --out-dim 99999999999999999999; --bottleneck-dim 0; --seed;
-        --head-hidden 0; --loss huber; --precision fp16; --device gpu; --device cuda; --seed -1;
-        --probe svm; --probe none knn; --probe-every 0; --probe-epochs 0; --log-every 0; --epoch 3;
-        --save-every 0; --fp32-steps -1; --subset 0; --student-temperature 0; --out file;
-        --teacher-temperature nan""",
-    "imp": """--rounds -1; --rounds 60; --prune-fraction 0; --prune-fraction 1; --rewind-epoch 3;
-        --rewind-epoch 0 0; --init random random; --init random:1 random:01; --init random:x;
-        --init student; --prune some; --epochs 0; --lr nan; --save-every 0; --subset 5000""",
-    "lmc": """--runs 1; --points 1; --bn-statistics none; --bn-batches 0; --line-subset 41;
-        --init random random; --epochs 0""",
-    "landscape": """--x-range 1 0 5; --x-range 0 1 0; --x-range 0 0 2; --y-range a 1 5; --k 41;
-        --y-range nan 1 5; --plane curved; --bn-statistics none; --batch-size 0; --subset 5000""",
-}
-# script and flags, added to those of a run that works | words of the sentence. {name}: folder of a
-# finished run; file: a file; other: a folder that holds a letter; !: without other flags.
+# scripts, then flags or other flags, added to those of a run that works | words of the sentence: by
+# default the flags. {name}: folder of a finished run; file: a file; other: a folder that holds a
+# letter; !: without other flags.
 REFUSED = """
-distill --lr 0                                        | --lr above 0
-distill --lr nan                                      | --lr above 0
-distill --lr inf                                      | --lr above 0
-distill --lr -0.1                                     | --lr above 0
+distill --epochs -1; --epochs two; --epochs 1.5; --epochs-of 0; --batch-size 0; --batch-size -3
+distill --weight-decay -1; --bias-decay nan; --alpha 1.5; --alpha -0.1; --alpha nan; --ema 2; --k 0
+distill --out-dim 0; --out-dim 99999999999999999999; --bottleneck-dim 0; --head-hidden 0; --seed
+distill --loss huber; --precision fp16; --device gpu; --device cuda; --seed -1; --probe svm
+distill --probe-every 0; --probe-epochs 0; --log-every 0; --epoch 3; --subset 0; --save-every 0
+distill --fp32-steps -1; --student-temperature 0; --teacher-temperature nan; --out file
+distill --plot-format bmp
+distill,imp,lmc,landscape --resume --overwrite
+imp --rounds -1; --rounds 60; --prune-fraction 0; --prune-fraction 1; --prune some; --control same
+imp --rewind-epoch 3; --init student; --init random:1 random:01; --init random:x; --lr nan
+imp --epochs 0; --save-every 0; --subset 5000
+lmc --runs 1; --points 1; --bn-statistics none; --bn-batches 0; --line-subset 41; --epochs 0
+landscape --x-range 1 0 5; --x-range 0 1 0; --x-range 0 0 2; --y-range a 1 5; --y-range nan 1 5
+landscape --plane curved; --k 41; --bn-statistics none; --batch-size 0; --subset 5000
+probe {distill}/best.pt --probe none; {distill}/best.pt --network tutor
+probe {distill}/best.pt --dataset noise; {distill}/best.pt --device cuda
+distill --probe none knn                              | --probe
+imp --rewind-epoch 0 0                                | --rewind-epoch once
+imp,lmc --init random random                          | --init once
+distill --lr 0; --lr nan; --lr inf; --lr -0.1         | --lr above 0
 distill --alpha 0 0                                   | --alpha once
 distill --encoder vgg12                               | --encoder vgg12 vgg11
 distill --dataset imagenet                            | --dataset imagenet digits
 distill --seed 1 1                                    | --seed once
 distill --k 41                                        | --k 41 40
-distill --subset 5000                                 | --subset 5000 1347
+distill --subset 5000; --subset 40 5000               | --subset 5000 1347
+distill --subset 40 4                                 | --k 5
 distill --test-subset 451                             | --test-subset 451 450
-distill --resume --overwrite                          | --resume --overwrite
 distill --dataset cifar10                             | --data-dir cifar10
-distill --dataset cifar10 --data-dir nowhere          | --data-dir nowhere folder
-distill --dataset folder --data-dir nowhere           | --data-dir nowhere folder
+distill --dataset noise; --dataset digits cifar10     | --data-dir
+distill --dataset cifar10 --data-dir nowhere; --dataset folder --data-dir nowhere; \
+        --dataset tinyimagenet --data-dir nowhere; --dataset cifar5m --data-dir nowhere \
+                                                      | --data-dir nowhere folder
 distill --dataset folder --data-dir other             | --data-dir train
 distill --dataset cifar10 --data-dir other            | other --download cifar-10-batches-py
 distill --dataset tinyimagenet --data-dir other       | other tiny-imagenet-200
-distill --dataset noise                               | --data-dir
-distill --dataset tinyimagenet --data-dir nowhere     | --data-dir nowhere folder
-distill --dataset cifar5m --data-dir nowhere          | --data-dir nowhere folder
 distill --download                                    | --download digits
 distill --bottleneck -/l/fn                           | --bottleneck -/l/fn -/lb/fn/wn/l/-
 distill --no-weight-norm --bottleneck -/lb/fn/wn/l/fn | --no-weight-norm --bottleneck
 distill --norm batch --encoder vit-tiny               | --norm batch vit-tiny
-distill --image-size 16                               | --image-size 32 1024
-distill --image-size 100000                           | --image-size 32 1024
+distill --image-size 16; --image-size 100000          | --image-size 32 1024
 distill --encoder vit-tiny --image-size 36            | --image-size 36 8
 distill --probe-subset 5                              | --probe-subset 5 --probe-dataset
 distill --beta 1 --out-dim 8                          | --beta 1 --out-dim
@@ -65,45 +64,33 @@ distill --teacher {lmc}/runs/init0-run1.pt:supervised --encoder resnet56 | encod
 distill --teacher {lmc}/runs/init0-run1.pt:student    | init0-run1.pt
 distill --out file/run                                | file
 distill --out other --resume                          | --resume config.json
-distill --out {distill}                               | --out --resume --overwrite
+distill --out {distill}; --lr 0.1 0.2 --out {sweep}   | --out --resume --overwrite
 distill --out {distill} --resume --lr 0.5             | --lr was 0.001, is 0.5
 distill --out {distill} --resume --seed 3             | --seed was 0, is 3
 distill --out {distill} --resume --encoder vgg11      | --encoder was resnet20, is vgg11
 distill --out {distill} --resume --epochs 2           | --epochs 2
-distill --subset 40 5000                              | --subset 5000 1347
-distill --subset 40 4                                 | --k 5
-distill --dataset digits cifar10                      | --data-dir
-distill --lr 0.1 0.2 --out {sweep}                    | --out --resume --overwrite
 probe!                                                | CHECKPOINT
 probe {distill}/missing.pt                            | missing.pt
 probe {distill}                                       | distill
 probe {distill}/log.csv                               | log.csv
 probe {distill}/best.pt file                          | file
 probe {imp}/chains/init0-rewind0.pt                   | init0-rewind0.pt run_distill.py
-probe {distill}/best.pt --probe none                  | --probe none
-probe {distill}/best.pt --network tutor               | --network tutor
 probe {distill}/best.pt --k 41                        | --k 41 40
 probe {distill}/best.pt --out file                    | file --overwrite
 probe {distill}/best.pt --out nowhere/probe.csv       | nowhere
 probe {distill}/best.pt --dataset cifar10             | --data-dir
-probe {distill}/best.pt --dataset noise               | --dataset noise
 probe {distill}/best.pt --seed x                      | --seed 'x'
-probe {distill}/best.pt --device cuda                 | --device cuda
 probe {distill}/best.pt --image-size 64               | --image-size 32
 imp --init nowhere.pt:student                         | nowhere.pt
 imp --init {layer}/best.pt:student                    | best.pt
 imp --init {layer}/checkpoint.pt:student {a}/checkpoint.pt:student | --init norm
 imp --init {a}/checkpoint.pt:student --encoder resnet56 | --encoder
-imp --init {a}/checkpoint.pt:student --image-size 64  | --image-size 32
-imp --resume --overwrite                              | --resume --overwrite
+imp,lmc --init {a}/checkpoint.pt:student --image-size 64 | --image-size 32
 imp --out {imp}                                       | --out --resume --overwrite
 imp --out {imp} --resume --epochs 4                   | --epochs was 3, is 4
 imp --out {imp} --resume --rounds 1                   | --rounds 1
-lmc --init {a}/checkpoint.pt:student --image-size 64  | --image-size 32
-lmc --resume --overwrite                              | --resume --overwrite
 lmc --out {lmc} --resume --lr 1                       | --lr was 0.1, is 1
 landscape!                                            | missing
-landscape --resume --overwrite                        | --resume --overwrite
 landscape --image-size 64                             | --image-size 32
 landscape --out {landscape} --resume --x-range 0 1 5  | --x-range
 landscape --x-axis {a}/checkpoint.pt:tutor            | --x-axis tutor student-init
@@ -117,31 +104,31 @@ landscape! --plot-only file --out x.png               | file
 landscape! --plot-only nowhere --out x.png            | nowhere
 landscape! --plot-only {landscape} --out file         | file --overwrite
 landscape! --plot-only {landscape} --out no/x.png     | no/x.png folder
-imp --control same                                    | --control same
-distill --plot-format bmp                             | --plot-format bmp
 landscape --dataset cifar10 --data-dir other          | --dataset
 """
 BASE = {name: case.flags for name, case in CASES.items()} | {"probe": f"{DATA} --k 5"}
 
 
-ROWS = [(f"{n} {flags}", flags.split()[0]) for n in WRONG for flags in WRONG[n].split(";")]
-ROWS += [line.split("|") for line in REFUSED.strip().split("\n")]
-IDS = [" ".join(line.split()) for line, _ in ROWS]
+def rows():
+    for line in REFUSED.strip().split("\n"):
+        flags, _, words = line.partition("|")
+        scripts, _, flags = flags.partition(" ")
+        for name, more in itertools.product(scripts.split(","), flags.split(";")):
+            more = " ".join(more.split())
+            yield pytest.param(name, more, words or more[more.index("--") :], id=f"{name} {more}")
 
 
-@pytest.mark.parametrize(("line", "words"), ROWS, ids=IDS)
-def test_is_refused_in_a_sentence(script, finished, tmp_path, monkeypatch, line, words):
-    if "cuda" in line and torch.cuda.is_available():
+@pytest.mark.parametrize(("name", "flags", "words"), rows())
+def test_is_refused_in_a_sentence(script, finished, tmp_path, monkeypatch, name, flags, words):
+    if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a,file\n")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("dear\n")
-    name, *flags = line.split()
     if not name.endswith("!"):
-        flags = ["--out new" * (name != "probe"), BASE[name], *flags]
-    flags = " ".join(flags).format_map(finished)
-    words = words.format_map(finished).split()
+        flags = " ".join(("--out new" * (name != "probe"), BASE[name], flags))
+    flags, words = flags.format_map(finished), words.format_map(finished).split()
     before = snapshot(tmp_path), snapshot(finished.folder), os.listdir(tmp_path)
     assert one_sentence(script(name.strip("!"), flags), *words) == ""
     assert (snapshot(tmp_path), snapshot(finished.folder), os.listdir(tmp_path)) == before
