@@ -7,18 +7,18 @@ import urllib.error
 from pathlib import Path
 from unittest.mock import Mock
 
+import helpers
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import ROOT
 from PIL import Image
 
 from rtd.data import channel_statistics, normalize
 from rtd.errors import InputError
 from rtd.harness.datasets import DATASETS, fingerprints, load_dataset
 
-REAL = Path(os.environ.get("RTD_DATA_DIR", ROOT / "data"))
+REAL = Path(os.environ.get("RTD_DATA_DIR", helpers.ROOT / "data"))
 DENIED = PermissionError(errno.EACCES, "Permission denied", "data_batch_3")
 
 
@@ -243,14 +243,11 @@ def test_noise_is_standard_normal_after_normalisation_and_always_the_same(cifar1
 
 @pytest.fixture
 def tree(tmp_path):
-    """train/ and val/ with classes ant and bee: 3 and 2 images each, of several sizes and modes."""
-    for split, count in (("train", 3), ("val", 2)):
-        for name in ("ant", "bee"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng(i).integers(0, 256, (40 + 10 * i, 60, 3), np.uint8)
-                image = Image.fromarray(pixels).convert("L" if i == 2 else "RGB")
-                image.save(tmp_path / split / name / f"{i}.{'PNG' if i else 'jpg'}")
+    """train/ and val/ of two classes, with 3 and 2 images each; one is grey and no square."""
+    (helpers.image_folder(tmp_path, train=6, test=4) / "test").rename(tmp_path / "val")
+    grey = Image.open(tmp_path / "train" / "two" / "1.png").resize((60, 50)).convert("L")
+    grey.save(tmp_path / "train" / "two" / "1.JPG")
+    (tmp_path / "train" / "two" / "1.png").unlink()
     return tmp_path
 
 
@@ -262,14 +259,14 @@ def test_folder_is_decoded_once_and_again_when_a_file_changes(tree):
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.test.labels.tolist() == [0, 0, 1, 1]
     np.testing.assert_allclose(data.mean, (data.train.images.numpy() / 255).mean((0, 2, 3)))
-    image = Image.open(tree / "train" / "bee" / "1.PNG").resize((38, 32), Image.BILINEAR)
-    expected = np.asarray(image.crop((3, 0, 35, 32))).transpose(2, 0, 1)  # the centre
+    grey = Image.open(tree / "train" / "two" / "1.JPG").resize((38, 32), Image.BILINEAR)
+    expected = np.asarray(grey.crop((3, 0, 35, 32)))[None].repeat(3, 0)  # the centre
     np.testing.assert_array_equal(data.train.images[4], expected)
     killed.touch()  # by a process that was killed while it wrote a cache
-    Image.new("RGB", (32, 32), (255, 0, 0)).save(tree / "val" / "bee" / "0.jpg")
+    Image.new("RGB", (32, 32), (255, 0, 0)).save(tree / "val" / "two" / "0.png")
     again = load_dataset("folder", tree, say=said.append)
     assert said[2:] == said[1:2] and not killed.exists()  # the split that changed
-    assert again.test.images[2, 0].float().mean() > 240
+    assert again.test.images[2, 0].float().mean() == 255
     assert torch.equal(again.train.images, first.train.images)
 
 
