@@ -91,7 +91,7 @@ def swapped(other):
     return swap
 
 
-# States and tables
+# Files
 
 DELETED = object()
 VALUES = [DELETED, None, "text", [1, 2], {}, -5, 0, 2.5, float("nan"), 1e300, 10**400, True]
@@ -223,9 +223,10 @@ DAMAGES += [
 ]
 SAID = {"older": "an older version of rtd", "newer": "a newer version of rtd"}
 SAID["deep"] = "has more than 8 bits a channel; convert it to 8"
+COMMANDS = {f"half {n}": f"{c.script} {c.flags} --resume --out run" for n, c in CASES.items()}
+COMMANDS["landscape"] = "landscape --plot-only run --out x.png"
+COMMANDS["images"] = f"distill {TINY} {helpers.IMAGES} --epochs 0 --out new".format(images="run")
 OTHERS = ["probe run/checkpoint.pt", f"imp {SUPERVISED} --out new --init run/checkpoint.pt:student"]
-COMMANDS = {"landscape": ["landscape --plot-only run --out x.png"]}
-COMMANDS["images"] = [f"distill {TINY} {helpers.IMAGES} --epochs 0 --out new".format(images="run")]
 
 
 @pytest.mark.parametrize(("kind", "begun", "file", "damage"), DAMAGES)
@@ -236,9 +237,8 @@ def test_what_is_damaged_is_refused_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished[begun], "run")
     damage(Path("run", file))
-    before, case = snapshot(tmp_path), CASES.get(begun.removeprefix("half "))
-    commands = COMMANDS.get(begun) or [f"{case.script} {case.flags} --resume --out run"]
-    for command in commands + OTHERS * (file == "checkpoint.pt"):
+    before = snapshot(tmp_path)
+    for command in [COMMANDS[begun], *(OTHERS if file == "checkpoint.pt" else [])]:
         assert one_sentence(script(*command.split(" ", 1)), file, SAID.get(kind, "")) == ""
         assert snapshot(tmp_path) == before
 
@@ -453,20 +453,18 @@ def test_a_picture_that_cannot_be_drawn_costs_no_number(run_of, tmp_path, how):
     assert run.differs() == ""
 
 
-def test_odd_characters_in_paths_come_back_from_the_tables(finished, tmp_path):
+def test_odd_characters_in_paths_come_back_from_the_tables(tmp_path):
     out = tmp_path / "a\nb\u2028c\x0bd, \"e'"
-    flags = [f"{TINY} --epochs 1 --out", out]
-    finish(start("distill", *flags))
-    finish(start("distill", *flags, "--resume"))
+    starts = [Path(f"{out}/checkpoint.pt:{which}") for which in ("student", "student-init")]
+    flags = [SUPERVISED, "--epochs 1 --init", *starts, "--out"]
+    for more in ("", "--resume"):
+        finish(start("distill", TINY, "--epochs 1 --out", out, more))
+        finish(start("imp", flags, out / "imp", "--rounds 1", more))
+        finish(start("lmc", flags, out / "lmc", "--runs 2 --points 2", more))
     finish(start("probe", out / "checkpoint.pt", DATA, "--k 5 --out", out / "probe.csv"))
     assert {row["checkpoint"] for row in table(out / "probe.csv")} == {str(out / "checkpoint.pt")}
-    starts = [Path(f"{out}/checkpoint.pt:{which}") for which in ("student", "student-init")]
-    for name, more in (("imp", "--rounds 1"), ("lmc", "--runs 2 --points 2")):
-        flags = [SUPERVISED, "--epochs 1", more, "--init", *starts, "--out", out / name]
-        finish(start(name, *flags))
-        finish(start(name, *flags, "--resume"))
-        rows = table(out / name / f"{name}.csv")
-        assert {row["init"] for row in rows} == set(map(str, starts))
+    for name in ("imp", "lmc"):
+        assert {row["init"] for row in table(out / name / f"{name}.csv")} == {*map(str, starts)}
 
 
 # Signals
