@@ -9,7 +9,6 @@ import itertools
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -372,12 +371,8 @@ def test_what_happens_while_a_file_is_flushed_loses_nothing(
 def test_a_disk_that_fills_within_a_checkpoint(run_of):
     """A write in the midst of torch.save fails, here at a limit of the size of a file."""
     run = run_of("new distill")
-    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        result = run.resume()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    limited = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000))"
+    result = start(*run.command, before=limited).wait()
     assert one_sentence(result, "checkpoint.pt", "File too large") == ""
     assert not list(run.out.glob(".*.tmp"))
     assert run.ends_wrong() == ""
