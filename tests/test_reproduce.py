@@ -7,11 +7,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, SCRIPTS
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "results/README.md")
 
 
@@ -40,10 +39,9 @@ def test_every_table_and_figure_has_a_row_with_claim_and_verdict():
     sections = re.split(r"(?m)^## ", (ROOT / PAGES[1]).read_text())[1:]
     assert [section.partition(":")[0] for section in sections][: len(names)] == names
     for section in sections:
-        claim, verdict = (
-            re.search(rf"\*\*{s}\.\*\* (.*)", section)[1] for s in ("Claim", "Verdict")
-        )
-        assert claim.endswith(".") and verdict.endswith(".") and "{" not in claim + verdict
+        for said in ("Claim", "Verdict"):
+            sentence = re.search(rf"\*\*{said}\.\*\* (.*)", section)[1]
+            assert sentence.endswith(".") and "{" not in sentence
 
 
 def test_what_the_pages_link_to_is_there():
@@ -53,7 +51,7 @@ def test_what_the_pages_link_to_is_there():
         assert local and all(((ROOT / page).parent / link).exists() for link in local)
 
 
-@pytest.mark.parametrize("script", ["distill", "probe", "imp", "lmc", "landscape"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_each_command_is_one_that_its_script_takes(script):
     found = re.findall(rf"(?m)^python run_{script}\.py (.*)$", (ROOT / PAGES[1]).read_text())
     for flags in found:
