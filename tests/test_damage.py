@@ -220,7 +220,7 @@ DAMAGES += [
     ("text", "landscape", "points.csv", edited("theta_T,0", "theta_T,left")),
     ("column", "landscape", "points.csv", edited("x", "z")),
 ]
-SAID = {"older": "an older version of rtd", "newer": "a newer version of rtd"}
+SAID = dict.fromkeys(("older", "newer"), "another version of rtd made it")
 SAID["deep"] = "has more than 8 bits a channel; convert it to 8"
 COMMANDS = {f"half {n}": f"{c.script} {c.flags} --resume --out run" for n, c in CASES.items()}
 COMMANDS["landscape"] = "landscape --plot-only run --out x.png"

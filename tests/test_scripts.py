@@ -375,11 +375,12 @@ def test_probing_reproduces_the_log(script, finished, tmp_path):
     result = well(script("probe", paths, DATA, "--k 5 --out", tmp_path / "probe.csv"))
     rows = table(tmp_path / "probe.csv")
     assert [r["network"] for r in rows] == ["teacher", "student", "student-init", "input"] * 2
-    last = table(finished["distill"] / "log.csv")[-1]
-    for row in rows[:4]:
-        logged = {"student": ["knn"], "student-init": []}  # each epoch's linear probe draws anew
-        for probe in logged.get(row["network"], ["linear", "knn"]):
-            assert row[probe] == pytest.approx(last[f"{row['network']}_{probe}"])
+    log = table(finished["distill"] / "log.csv")
+    for row in rows:
+        name = row["network"].removesuffix("-init")
+        logged = log[row["epoch"] if row["network"] == "student" else 0]
+        for probe in ("linear", "knn"):
+            assert row[probe] == logged[f"{name}_{probe}"]
     assert len({row["sha256"] for row in rows}) == 2 and "+-" in result.out
 
 
