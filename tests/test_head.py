@@ -65,13 +65,11 @@ def test_each_head_equals_numpy_and_is_one_product_from_its_bottleneck(generator
         np.testing.assert_allclose(module.bottleneck(x) @ last.normalized_weight().T, y, rtol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("slots", "match"),
-    [
-        *((slots, "give wn1/lin1") for slots in ("-/lb/fn", "-/lb/fn/wn/lb/-", "")),
-        ("wn/-/-/-/l/-", "lin1 is -"),
-    ],
-)
+WRONG = {slots: "give wn1/lin1" for slots in ("-/lb/fn", "-/lb/fn/wn/lb/-", "")}
+WRONG["wn/-/-/-/l/-"] = "lin1 is -"
+
+
+@pytest.mark.parametrize(("slots", "match"), WRONG.items())
 def test_wrong_slots_are_refused(slots, match):
     with pytest.raises(InputError, match=match):
         parse_slots(slots)

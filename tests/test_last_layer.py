@@ -90,9 +90,9 @@ def test_equal_student_and_teacher_have_no_kl(generator):
 @pytest.mark.parametrize(("kl", "tolerance"), [(1e-6, 0.05), (1e-4, 0.02)])
 def test_bf16_products_keep_a_small_kl_and_its_gradient(generator, kl, tolerance):
     """bf16 rounds logits of deviation 1/16 by about 1e-4; a KL of 1e-6 has differences of 1e-3."""
-    z_t = F.normalize(torch.randn(16, 256, generator=generator))
-    weight_t = F.normalize(torch.randn(2**14, 256, generator=generator))
-    noise = F.normalize(torch.randn(16, 256, generator=generator))
+    z_t, noise, weight_t = (
+        F.normalize(torch.randn(n, 256, generator=generator)) for n in (16, 16, 2**14)
+    )
     z = F.normalize(z_t + 16 * (2 * kl) ** 0.5 * noise).requires_grad_()
     weight = weight_t.clone().requires_grad_()
     found = {}
