@@ -5,16 +5,14 @@ import torch
 from torch import nn
 
 from rtd.errors import InputError
-from rtd.init import init_encoder_
+from rtd.init import init_encoder_, init_head_
 from rtd.models import (
     ENCODERS,
     NORMS,
     build_encoder,
     build_network,
     embedding_dim,
-    materialize,
     parameter_count,
-    random_network,
 )
 
 PARAMETERS_AND_WIDTH = {
@@ -35,7 +33,8 @@ PARAMETERS_AND_WIDTH = {
 
 
 def random_encoder(generator, name, **options):
-    return init_encoder_(materialize(build_encoder(name, **options)), generator).eval()
+    encoder = build_encoder(name, **options).to_empty(device="cpu")
+    return init_encoder_(encoder, generator).eval()
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -43,7 +42,9 @@ def test_encoder_has_table_5s_parameters_and_an_embedding_that_depends_on_the_im
     name, generator
 ):
     head = {"hidden_dim": 64, "bottleneck_dim": 16, "out_dim": 16}
-    network = random_network(generator, encoder=name, **head).eval()
+    network = build_network(name, **head).to_empty(device="cpu").eval()
+    init_encoder_(network.encoder, generator)
+    init_head_(network.head, generator)
     images = torch.randn(3, 3, 32, 32, generator=generator)
     with torch.no_grad():
         features = network.encoder(images)
