@@ -68,7 +68,8 @@ def parse_args(argv=None):
             low, high, n = given
             if not (-1e9 < low <= high < 1e9 and n in range(1, 10_001) and (low < high or n == 1)):
                 parser.error(
-                    f"--{axis}-range: give MIN, a larger MAX and how many points, as -1 2 25"
+                    f"--{axis}-range {low:g} {high:g} {n:g}: give the smaller end, the larger one "
+                    "and how many points, such as -1 2 25"
                 )
             setattr(args, f"{axis}_range", [low + 0.0, high, int(n)])  # a CSV has no -0
     if args.origin is None and args.x_axis:
