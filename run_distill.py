@@ -150,6 +150,7 @@ def distill(args, device, world):
         student.load_state_dict(record.saved["student"])
         teacher.load_state_dict(record.saved["teacher"])  # with --ema it has moved
     if len(record.rows) > args.epochs:
+        run.say("all epochs are done")
         return world.in_main(record.report)
     size = f"{parameter_count(student) / 1e6:.1f}M parameters"
     run.say(f"{title(args)}; {size}; {describe(device, args.precision)}")
@@ -279,7 +280,7 @@ class Record:
             best, last = best_and_final(self.rows, f"student_{probe}")
             self.run.say(
                 f"{PROBE_TITLES[probe]}, test accuracy in %: input pixels {pixels:.2f}, "
-                f"teacher {teacher:.2f}, student {last:.2f} (best from epoch 1 on {best:.2f}), "
+                f"teacher {teacher:.2f}, student {last:.2f} (at best {best:.2f}), "
                 f"gain {last - teacher:+.2f}"
             )
 

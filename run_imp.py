@@ -46,7 +46,7 @@ def parse_args(argv=None):
     cli.add_file_flags(parser)
     add = parser.group("pruning")
     add("--rewind-epoch", cli.non_negative_int, 0, "* epoch to whose weights a round rewinds, 0 is the start; the paper has 0, 1, 2, 5; each is a chain")
-    add("--prune-fraction", cli.unit_interval, 0.2, "share of the remaining weights that a round prunes")
+    add("--prune-fraction", cli.fraction, 0.2, "share of the remaining weights that a round prunes")
     add("--prune", pruning.PRUNE, "weights", "what is pruned: weights of convolutions and linear layers, or all, as the authors did")
     add("--control", ("none", "shuffle"), "none", "further chains with each mask shuffled within its layers: if they do as well, the mask does not matter")
     cli.add_training_flags(parser)
@@ -55,8 +55,6 @@ def parse_args(argv=None):
     # fmt: on
     args = cli.parse(parser, argv, "init", "rewind_epoch")
     last = max(args.rewind_epoch)
-    if not 0 < args.prune_fraction < 1:
-        parser.error(f"--prune-fraction {args.prune_fraction:g}: give a number between 0 and 1")
     if last >= args.epochs:
         parser.error(
             f"--rewind-epoch {last}: training has {args.epochs} epochs; rewind to an earlier one"
@@ -91,7 +89,7 @@ def main(args, device, world):
     units = [[chain] for chain in chains]  # what one process does one after the other
     if args.control == "shuffle":
         units = [[c, c._replace(name=f"{c.name}-shuffle", control="shuffle")] for c in chains]
-    tables = [f"{chain.name}.csv" for group in zip(*units, strict=True) for chain in group]
+    tables = [f"{chain.name}{control}.csv" for control in ("", "-shuffle") for chain in chains]
 
     def do(unit, run):
         for chain in unit:

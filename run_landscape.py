@@ -142,7 +142,9 @@ def load_networks(specs):
     for (contents, _), (flag, spec) in zip(loaded, specs.items(), strict=True):
         odd = None
         if contents["model"] != origin["model"]:
-            odd = f"are of different architectures: {origin['model']} and {contents['model']}"
+            both = zip(origin["model"].items(), contents["model"].values(), strict=True)
+            odd = [f"{name} {a}, {b}" for (name, a), b in both if a != b]
+            odd = f"are of different architectures ({'; '.join(odd)})"
         elif any(contents["data"][key] != origin["data"][key] for key in ("mean", "std")):
             odd = "were distilled on differently normalised images"
         elif files.checksum(contents["teacher"]) != files.checksum(origin["teacher"]):

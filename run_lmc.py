@@ -137,6 +137,8 @@ def walk(start, a, b, data, run):
     settings["ends"] = [end["checksum"] for end in saved]
     line = run.load(f"{file}.pt")
     rows = line["rows"] if line and line["settings"] == settings else []
+    if line and not rows:
+        run.say(f"{start.name}: line {a}-{b} is walked anew, as its flags or its ends changed")
 
     network = materialize(empty_classifier(start.architecture, data.num_classes)).to(run.device)
     ends = [
@@ -183,8 +185,8 @@ def summarize(run, rows, kinds):
         cells += [("mean", None, None, *means), ("std", None, None, *stds)]
         summary += [dict(zip(BARRIERS, (init, bn, *values), strict=True)) for values in cells]
         run.say(
-            f"{kinds[init]}, statistics {bn}: test error barrier {plus_minus(found[1])} points "
-            f"over {len(pairs)} pairs"
+            f"{kinds[init]}, statistics {bn}: test error barrier {plus_minus(found[1])} points, "
+            f"n = {len(pairs)}"
         )
     run.table("barriers.csv", BARRIERS, summary)
 

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     cli.add_probe_flags(parser)
     add = parser.group("networks")
     add("--network", PROBED, list(PROBED), "networks to probe; input is the pixels", nargs="+")
-    add("--seed", cli.non_negative_int, 0, "seed of the linear probes")
+    add("--seed", cli.non_negative_int, 0, "seed of the linear probes; each draws its own start, so that equal networks differ by its noise")
     cli.add_device_flags(parser)
     # fmt: on
     args = cli.parse(parser, argv)

@@ -4,7 +4,7 @@ Each module explains one idea of the paper and can be read alone. The scripts ``
 this package tell the experiments from top to bottom; ``rtd.harness`` is what carries a run.
 """
 
-from rtd.harness.checkpoint import load_network
+from rtd.harness.checkpoint import load_checkpoint, load_network
 from rtd.init import init_student_, random_stream
 from rtd.losses import cross_entropy, kl_divergence
 from rtd.models import random_network
@@ -17,6 +17,7 @@ __all__ = [
     "kl_divergence",
     "knn_probe",
     "linear_probe",
+    "load_checkpoint",
     "load_network",
     "random_network",
     "random_stream",

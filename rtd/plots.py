@@ -24,7 +24,6 @@ STYLE = {
     "svg.hashsalt": "rtd",
 }
 BLUE, RED, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
-COLORS = BLUE, RED, GREEN, PINK, "#E69F00", "#56B4E9", "#000000"
 KINDS = {"student": BLUE, "random": RED, "student-init": PINK, "teacher": GREEN}
 LOOKS = (
     {"linestyle": "-", "marker": "o"},
@@ -62,7 +61,7 @@ def save(figure, file, format="png"):
     figure.savefig(file, format=format, metadata=dict.fromkeys(FORMATS[format].split()))
 
 
-def _figure(columns, title, rows=1, layout="constrained", width=3.6, **options):
+def _figure(columns, title, rows=1, width=3.6, layout="constrained", **options):
     """(figure, its rows x columns axes in a flat array), with room for a legend on the right."""
     from matplotlib.figure import Figure
 
@@ -185,10 +184,8 @@ def _sweep(names, groups, title, times, ends, parts):
     values = list(dict.fromkeys(key[-1] for key in groups))
     numbers = all(isinstance(value, (int, float)) for value in values)
     places = dict(zip(values, values if numbers else range(len(values)), strict=True))
-    colors = COLORS
-    if numbers or len(values) > len(COLORS):  # from bright to dark, as in Fig. 3
-        colors = colormaps["viridis_r"](np.linspace(0.1, 1, len(values)))
-    colors = dict(zip(values, colors, strict=False))
+    colors = colormaps["viridis_r"](np.linspace(0.1, 1, len(values)))  # as in Fig. 3
+    colors = dict(zip(values, colors, strict=True))
     looks = {}  # values of the other flags -> look
     for key in groups:
         looks.setdefault(key[:-1], LOOKS[len(looks) % len(LOOKS)])
@@ -326,11 +323,9 @@ def _map(axis, xs, ys, grid, norms, networks, label, true):
         look, extend = {"cmap": "viridis", "norm": norm}, "min"
     image = axis.pcolormesh(xs, ys, grid, **look)
     axis.figure.colorbar(image, ax=axis, label=label, extend=extend)
-    levels = axis.contour(xs, ys, norms, 6, colors="white", linewidths=0.6).levels
-    levels = [f"{x:.4g}" for x in levels if np.nanmin(norms) < x < np.nanmax(norms)]
+    axis.clabel(axis.contour(xs, ys, norms, 5, colors="white", linewidths=0.6), fontsize=7)
     kind = "distance" if true else "interpolation"
-    note = f"x ({kind})\nwhite contours: |theta| =\n{', '.join(levels)}"
-    axis.set(xlabel=note, ylabel=f"y ({kind})")
+    axis.set(xlabel=f"x ({kind}); contours: |theta|", ylabel=f"y ({kind})")
     axis.set_box_aspect(np.clip(np.ptp(ys) / np.ptp(xs), 0.6, 2) if true else 1)
     look = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
     look |= {"fontsize": 11, "ha": "center", "va": "center", "textcoords": "offset points"}
@@ -364,8 +359,9 @@ def landscapes(panels):
         raise InputError("no picture is drawn: a landscape has no points yet")
     rows = [row for panel in panels for row in panel["rows"]]
     shown = [name for name in MAP_LABELS if any(row[name] is not None for row in rows)]
-    title = "\n".join(dict.fromkeys(panel["title"] for panel in panels))
-    figure, grid_of_axes = _figure(len(shown), title, len(panels), "compressed")
+    titles = list(dict.fromkeys(panel["title"] for panel in panels))
+    title = titles[0] if len(titles) == 1 else None
+    figure, grid_of_axes = _figure(len(shown), title, len(panels), 4, "compressed")
     columns = "x", "y", *shown, "norm_total"
     for axes, panel in zip(grid_of_axes.reshape(len(panels), -1), panels, strict=True):
         x, y, *found = np.array([[row[c] for c in columns] for row in panel["rows"]], float).T
@@ -377,6 +373,7 @@ def landscapes(panels):
             if xs[0] <= row["x"] <= xs[-1] and ys[0] <= row["y"] <= ys[-1]:
                 name = row["name"].replace("theta", r"\theta").replace("*", "^*")
                 networks[row["x"], row["y"]] = f"${name}$"
+        axes[0].set_title("" if title else panel["title"].replace(", ", ",\n"))
         for axis, name, grid in zip(axes, shown, grids, strict=False):
             if 1 in grid.shape:
                 _cut(axis, xs, ys, grid, networks, MAP_LABELS[name])

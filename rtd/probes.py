@@ -26,10 +26,13 @@ CHUNK = 2**26  # distances that the k-NN probe holds at a time on a GPU: 256 MB
 def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32", progress=iter):
     """(N, 3, H, W) uint8 images -> (N, D) float32 outputs of ``encoder`` in eval mode.
 
-    float32 images count as normalised already (``rtd.data.normalize``). Raises ValueError for those
-    without a value below 0: normalised images have mean 0, so these must be pixels. The encoder's
-    mode is restored. progress: an iterator over a list, which may say how far it is.
+    mean, std: of the images it was trained on; a checkpoint has them in its "data". float32 images
+    count as normalised already (``rtd.data.normalize``). Raises ValueError for those without a
+    value below 0: normalised images have mean 0, so these must be pixels. The encoder's mode is
+    restored. progress: an iterator over a list, which may say how far it is.
     """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}")
     if images.is_floating_point() and images.min() >= 0:
         raise ValueError("float images must be normalised already, but these look like pixels")
     was_training = encoder.training

@@ -82,6 +82,7 @@ non_negative_int = _number(int, "a whole number of at least 0, below 2^31", lamb
 finite_float = _number(float, "a number", math.isfinite)
 positive_float = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = _number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
+fraction = _number(float, "a number between 0 and 1", lambda x: 0 < x < 1)
 unit_interval = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 image_side = _number(int, "a whole number of at least 32, up to 1024", lambda x: 32 <= x <= 1024)
 
@@ -250,7 +251,7 @@ def run(main, args):
         if received:  # torch may turn what a signal raises into another error
             code, message = 128 + received[0], "stopped"
             if "resume" in args:
-                message += "; the same command with --resume goes on from the last save"
+                message += "; the same command with --resume goes on"
         elif message is None:
             raise
         everywhere = getattr(error, "everywhere", world is None)

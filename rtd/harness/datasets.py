@@ -233,10 +233,8 @@ def load_folder(data_dir, size, say):
     held_out = "test" if (root / "test").is_dir() else "val"
     classes, train = _class_folders(root / "train", say)
     same, test = _class_folders(root / held_out, say)
-    if classes != same:
-        raise InputError(
-            f"--data-dir {root}: train and {held_out} do not have the same class folders"
-        )
+    if odd := {*classes} ^ {*same}:
+        raise InputError(f"--data-dir {root}: only train or {held_out} has the class {min(odd)}")
     train = _decoded(root, "train", train, size, say)
     test = _decoded(root, held_out, test, size, say)
     return Dataset("folder", train, test, len(classes), *channel_statistics(train.images))

@@ -70,8 +70,8 @@ def reading(path, expected="what it should be"):
 
 
 def one_line(error):
-    """The first words of an error's message, without line breaks."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    """The first sentence of an error's message, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0][:160]
 
 
 def checksum(tree, crc=0):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -69,7 +70,8 @@ class Run:
         paths = {spec: path for spec, path in paths.items() if path.is_file()}
         self.config, free = files.provenance(args, device), {*RUNNING, *may_change}
         flags = {k: v for k, v in self.config["flags"].items() if k not in free}
-        self.identity = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+        self.identity = {"the script": Path(sys.argv[0]).name}
+        self.identity |= {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
         self.identity |= dict(images) | {spec: files.sha256(paths[spec]) for spec in paths}
         self.config["identity"] = self.identity
         self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
@@ -121,7 +123,8 @@ class Run:
             ]
         if odd:
             raise InputError(
-                f"--resume: {path} is of another run ({', '.join(odd)}); use that, or another --out"
+                f"--resume: {path} is of another run ({', '.join(odd[:3])}); use that, or give "
+                "another --out"
             )
 
     def say(self, *words):

@@ -57,8 +57,9 @@ def run(args, planned, device, world, do, title):
         if any(teacher.is_relative_to(one.out.resolve()) for one in planned):
             raise InputError(f"--overwrite would delete --teacher {args.teacher}; move it")
     names = [name for name in varied(args) if name != "seed"]
-    # what varied may get more values when a sweep is continued, but not vary over other flags
-    sweep = Run(args, device, world, PRODUCTS, ("epochs", *SWEPT), {"flags that vary": names})
+    # what varied may get more values when a sweep is continued, but names of folders stay
+    same = {"flags that vary": varied(args)}
+    sweep = Run(args, device, world, PRODUCTS, ("epochs", *SWEPT), same)
 
     def finish(diverged):
         groups = {}
