@@ -72,9 +72,10 @@ class Plane:
         Raises ValueError where the three lie on one line.
         """
         self.states, self.basis = list(states), torch.eye(2, dtype=torch.float64)
-        start, *ends = ([state[name].cpu().double() for name in names] for state in states)
+        start, *ends = states
         d1, d2 = (
-            torch.cat([(b - a).flatten() for a, b in zip(start, end, strict=True)]) for end in ends
+            torch.cat([(end[n].cpu().double() - start[n].cpu().double()).flatten() for n in names])
+            for end in ends
         )
         # Gram-Schmidt: e1 = d1 / |d1|, e2 = rest / |rest| with rest = d2 - slope d1
         slope = (d1 @ d2) / (d1 @ d1)

@@ -92,6 +92,8 @@ imp --out {imp}                                       | --out --resume --overwri
 imp --out {imp} --resume --epochs 4                   | --epochs was 3, is 4
 imp --out {imp} --resume --rounds 1                   | --rounds 1
 lmc --out {lmc} --resume --lr 1                       | --lr was 0.1, is 1
+imp --out {lmc} --resume                              | script was run_lmc.py, is run_imp.py
+distill --out {sweep} --resume --probe knn --epochs 2 --alpha 0 .5 | vary alpha seed
 landscape!                                            | missing
 landscape --image-size 64                             | --image-size 32
 landscape --out {landscape} --resume --x-range 0 1 5  | --x-range

@@ -452,8 +452,11 @@ def test_pruned_are_the_smallest_of_the_trained_weights(script, tmp_path, monkey
     assert table(tmp_path / "imp.csv")[-1]["remaining_parameters"] == 272_474 // 2
 
 
-def test_the_control_shuffles_masks_within_their_layers(finished):
-    """The same number of weights in each layer, other ones; the same rewind point."""
+def test_the_control_shuffles_masks_within_their_layers(script, finished, tmp_path):
+    """The same number of weights in each layer, other ones; the same rewind point.
+
+    Its rows stay where the run is continued without it.
+    """
     rows, chains = table(finished["shuffle"] / "imp.csv"), finished["shuffle"] / "chains"
     kinds = {(row["rewind_epoch"], row["control"]) for row in rows}
     assert kinds == {(0, None), (0, "shuffle"), (1, None), (1, "shuffle")} and len(rows) == 12
@@ -463,6 +466,10 @@ def test_the_control_shuffles_masks_within_their_layers(finished):
     for name, mask in plain["masks"].items():
         assert not torch.equal(mask, control["masks"][name])
         assert mask.sum() == control["masks"][name].sum()
+    shutil.copytree(finished["shuffle"], tmp_path / "run")
+    flags = CASES["shuffle"].flags.replace("--control shuffle", "--resume --out")
+    well(script("imp", flags, tmp_path / "run"))
+    assert table(tmp_path / "run" / "imp.csv") == rows
 
 
 def test_starts_are_recorded_and_drawn(script, finished, tmp_path):
