@@ -328,6 +328,9 @@ def test_a_sweep_has_a_run_for_each_combination(script, finished, tmp_path):
     assert len({(finished["sweep"] / name / "log.csv").read_text() for name in names}) == 4
     alone = log(script, tmp_path, "--probe knn --epochs 2 --alpha 0.5 --seed 1")
     assert difference(alone, table(finished["sweep"] / names[3] / "log.csv")) == ""
+    shutil.copytree(finished["sweep"], tmp_path / "more")
+    flags = CASES["sweep"].flags.replace("--alpha 0 0.5", "--alpha 0 1")
+    assert "2 other runs" in well(script("distill", flags, "--resume --out", tmp_path / "more")).out
 
 
 def test_summary_is_of_the_seeds_of_each_setting(finished):

@@ -67,6 +67,9 @@ def run(args, planned, device, world, do, title):
             if i not in diverged:
                 logs = groups.setdefault(tuple(getattr(one, name) for name in names), [])
                 logs.append(files.read_csv(one.out / "log.csv"))
+        others = {log.parent for log in args.out.glob("*/log.csv")} - {one.out for one in planned}
+        if others:
+            sweep.say(f"note: {len(others)} other runs in {args.out} are not summed up")
         if not groups:
             return
         summarize(sweep, names, groups, args.probe)
