@@ -163,6 +163,7 @@ def distill(args, device, world):
         return {f"{prefix}_{probe}": accuracy for probe, accuracy in found.items()}
 
     if args.probe and not record.rows:
+        cli.note_steps(args, probed, world)
         run.say("probing the teacher and the pixels")
         record.baselines = judge_as("input", None, "input")
         if not args.ema:  # a teacher that moves is probed like the student

@@ -89,7 +89,7 @@ def main(args, device, world):
             f"--dataset {args.dataset}: {args.origin} was distilled on {source['name']}; give that"
         )
     data = cli.load_data(args, world).with_normalization(source)
-    cli.check_k(args, data, world, PROBE_BATCH)
+    cli.check_k(args, data)
     check_image_size(f"--origin {args.origin}", origin["model"], data)
     teacher, network = (load_network(origin, which, device) for which in ("teacher", "student"))
     parameters = [name for name, _ in network.named_parameters()]
@@ -102,6 +102,7 @@ def main(args, device, world):
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images; "
         f"{describe(device, args.precision)}"
     )
+    cli.note_steps(args, data, world, PROBE_BATCH)
     data, grid, done = data.to(device), make_grid(args, plane), load_points(run)
     landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)
     missing = [point for point in grid if point[:2] not in done]

@@ -58,9 +58,10 @@ def main(args, device, world):
     # all, before anything is computed
     loaded = [(path, load_checkpoint(path)) for path in args.checkpoints]
     data = cli.load_data(args, world)
-    cli.check_k(args, data, world)
+    cli.check_k(args, data)
     for path, contents in loaded:
         check_image_size(path, contents["model"], data)
+    cli.note_steps(args, data, world)
     data = data.to(device)
     rows = []
 

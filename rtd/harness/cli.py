@@ -166,12 +166,16 @@ def parse(parser, argv, *distinct):
     return args
 
 
-def check_k(args, data, world, batch_size=256):
-    """Refuse a --k larger than the training split; note a linear probe of few steps."""
+def check_k(args, data):
+    """Refuse a --k larger than the training split."""
     n = len(data.train)
     if "knn" in args.probe and args.k > n:
         raise InputError(f"--k {args.k}: there are {n} training images; choose 1 to {n}")
-    steps = math.ceil(n / batch_size) * args.probe_epochs
+
+
+def note_steps(args, data, world, batch_size=256):
+    """Say it where a linear probe of ``data`` takes few steps."""
+    steps = math.ceil(len(data.train) / batch_size) * args.probe_epochs
     if "linear" in args.probe and steps < 500:
         world.say(
             f"note: the linear probe takes {steps} steps; below 500 it underfits, "
@@ -213,7 +217,7 @@ def load_sources(args, world):
             f"--beta {args.beta:g}: needs labels, which {data.name} may lack, and an "
             "--out-dim of at least their number"
         )
-    check_k(args, probed or data, world)
+    check_k(args, probed or data)
     return data, probed or data
 
 
