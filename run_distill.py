@@ -158,16 +158,16 @@ def distill(args, device, world):
     probed = data if same else probed.to(device)  # not twice in a GPU's memory
 
     # What the student is to beat, and what it is to reproduce.
-    def judge_as(prefix, network, name):
-        found = judge(network and network.encoder, probed, args, world, name)
+    def judge_as(prefix, network):
+        found = judge(network and network.encoder, probed, args, world)
         return {f"{prefix}_{probe}": accuracy for probe, accuracy in found.items()}
 
     if args.probe and not record.rows:
         cli.note_steps(args, probed, world)
         run.say("probing the teacher and the pixels")
-        record.baselines = judge_as("input", None, "input")
+        record.baselines = judge_as("input", None)
         if not args.ema:  # a teacher that moves is probed like the student
-            record.baselines |= judge_as("teacher", teacher, "teacher")
+            record.baselines |= judge_as("teacher", teacher)
     target = MovingTeacher(teacher, args.ema, args.teacher_temperature) if args.ema else None
     target = target or cache_teacher(teacher, data, run)
     options = args.loss, args.student_temperature, args.beta, args.compile
@@ -180,9 +180,9 @@ def distill(args, device, world):
         means = training.run_epoch(epoch, record.save) if epoch else training.start(evaluate_start)
         row = dict(zip(LastLayerLoss._fields, means, strict=True)) | distance(student, student_init)
         if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
-            row |= judge_as("student", student, f"student-{epoch}")
+            row |= judge_as("student", student)
             if args.ema:
-                row |= judge_as("teacher", teacher, f"student-{epoch}")
+                row |= judge_as("teacher", teacher)
         record.add(row)
     world.in_main(record.report)
 

@@ -116,7 +116,7 @@ def main(args, device, world):
             plane.write_(network, x, y)
             if args.bn_statistics == "recompute":
                 landscape.recompute_batch_norm_(network)
-            options = probing.options(args) | {"name": "landscape", "batch_size": PROBE_BATCH}
+            options = probing.options(args) | {"batch_size": PROBE_BATCH}
             found = landscape.evaluate(network, **options) | norms(network)
             rows.append(dict.fromkeys(COLUMNS) | {"i": i, "j": j, "x": x, "y": y} | found)
             run.save(name, {"rows": rows})

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     cli.add_probe_flags(parser)
     add = parser.group("networks")
     add("--network", PROBED, list(PROBED), "networks to probe; input is the pixels", nargs="+")
-    add("--seed", cli.non_negative_int, 0, "seed of the linear probes; each draws its own start, so that equal networks differ by its noise")
+    add("--seed", cli.non_negative_int, 0, "seed of the linear probes")
     cli.add_device_flags(parser)
     # fmt: on
     args = cli.parse(parser, argv)
@@ -68,7 +68,7 @@ def main(args, device, world):
     @functools.cache  # most checkpoints have the same normalisation
     def judge_pixels(mean, std):
         normalised = data.with_normalization({"mean": mean, "std": std})
-        return judge(None, normalised, args, world, "input")
+        return judge(None, normalised, args, world)
 
     for path, contents in loaded:
         normalised = data.with_normalization(contents["data"])
@@ -79,9 +79,7 @@ def main(args, device, world):
                 values = judge_pixels(normalised.mean, normalised.std)
             else:
                 encoder = load_network(contents, network, device).encoder
-                # the random numbers of log.csv, so that its values come out again
-                streams = {"student-init": "student-0", "student": f"student-{contents['epoch']}"}
-                values = judge(encoder, normalised, args, world, streams.get(network, network))
+                values = judge(encoder, normalised, args, world)
             row = dict(zip(COLUMNS, (*origin, network, None, None), strict=True))
             rows.append(row | values)
             if world.is_main:

@@ -117,7 +117,7 @@ def test_a_quadratic_network_gives_the_analytic_surface(data):
 
 def test_probes_are_those_of_the_encoder_and_what_is_not_finite_is_nan(data):
     teacher, student = networks()
-    options = {"probes": ["linear", "knn"], "k": 3, "epochs": 2, "seed": 1, "name": "x"}
+    options = {"probes": ["linear", "knn"], "k": 3, "epochs": 2, "seed": 1}
     row = Landscape(teacher, data).evaluate(student, **options)
     splits = data.train.images, data.test.images
     features = (extract_features(student.encoder, images, MEAN, STD) for images in splits)

@@ -392,7 +392,8 @@ def test_transfer_uses_the_sources_normalisation(script, finished, tmp_path):
     found, teachers = [], []
     for name in ("a", "elsewhere"):
         path, out = finished[name] / "checkpoint.pt", tmp_path / f"{name}.csv"
-        well(script("probe", path, DATA, "--k 5 --network teacher --dataset digits --out", out))
+        flags = "--k 5 --probe-epochs 40 --network teacher --dataset digits --out"
+        well(script("probe", path, DATA, flags, out))
         found += table(out)
         teachers.append(state(path)["teacher"])
     trained = [(row["trained_on"], row["probed_on"]) for row in found]

@@ -11,13 +11,13 @@ def options(args):
     return {"probes": args.probe, "k": args.k, "epochs": args.probe_epochs, "seed": args.seed}
 
 
-def judge(encoder, data, args, world, name):
+def judge(encoder, data, args, world):
     """``rtd.probes.probe`` of an encoder's features of ``data``; {} outside the main process.
 
-    encoder: None for the normalised pixels themselves. name: of the stream of random numbers.
+    encoder: None for the normalised pixels themselves.
     """
     constants = data.mean, data.std
-    shown = partial(progress, description=f"features of {name}", unit="batches")
+    shown = partial(progress, description="features", unit="batches")
 
     def embed(images):
         return extract_features(
@@ -29,4 +29,4 @@ def judge(encoder, data, args, world, name):
         features = [world.map_rows(embed, images) for images in splits]
     elif world.is_main:
         features = [flat_pixels(images, *constants) for images in splits]
-    return probe(*features, data, name=name, **options(args)) if world.is_main else {}
+    return probe(*features, data, **options(args)) if world.is_main else {}
