@@ -254,6 +254,7 @@ def test_images(run, row):
         return int(found[1])
     flags = (config(run) or {"flags": {}})["flags"]
     data = flags.get("probe_dataset") or flags.get("dataset")
+    data = data[0] if isinstance(data, list) else data  # a sweep's; all its test images are equal
     return flags.get("test_subset") or TEST_IMAGES.get(data)
 
 
