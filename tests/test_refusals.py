@@ -122,7 +122,7 @@ def rows():
             yield pytest.param(name, more, words or more[more.index("--") :], id=f"{name} {more}")
 
 
-@pytest.mark.parametrize(("name", "flags", "words"), rows())
+@pytest.mark.parametrize(("name", "flags", "words"), list(rows()))
 def test_is_refused_in_a_sentence(script, finished, tmp_path, monkeypatch, name, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
