@@ -358,7 +358,9 @@ def section(name):
             time = hours(name, scale)
             gpu = f", {time * GPU:,.{0 if time > 100 else 2}f} h on a GPU (estimate)"
             call = f"python results/reproduce.py {name} --scale {scale} --data-dir data"
-            said.append(f"Scale `{scale}`, {time:,.1f} h on two cores{gpu}:\n\n    {call}")
+            said.append(
+                f"Scale `{scale}`, {time:,.{time < 10:d}f} h on two cores{gpu}:\n\n    {call}"
+            )
             listed = "\n".join(f"python {line}" for line in lines)
             said.append(f"<details><summary>its runs</summary>\n\n```\n{listed}\n```\n\n</details>")
     return "\n\n".join(filter(None, said))
@@ -374,8 +376,9 @@ is typed by hand.
 * Accuracies, errors and barriers are in percent or percentage points. `±` is the standard
   deviation over n; **1** marks a number that stands on one run. "input" is a probe of the pixels.
 * The standard error is that of one accuracy over the draw of N test images, sqrt(p(1 - p) / N).
-* `paper` is the paper's protocol, `small` what two cores do in the stated time. Hours are for two
-  cores with instructions for bf16; those on a GPU are estimates.
+* `paper` is the paper's protocol, `small` what two cores do in the stated time. Hours count on two
+  cores that do 400 images a second (VGG11 in bf16). Not all that have instructions for bf16 do:
+  Fig. 1 ran at 140, and takes three times as long there. Hours on a GPU are estimates.
 * Results under `early/` were made before run folders were kept with their config.json; the commit
   that added them is named instead.
 """
