@@ -243,7 +243,7 @@ def early(run):
 
 
 def config(run):
-    path = min(run.rglob("config.json"), default=None)
+    path = min(run.rglob("config.json"), key=lambda path: (len(path.parts), path), default=None)
     return json.loads(path.read_text()) if path else None
 
 
