@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--bottleneck-dim", positive_int, 256, "width of the head's l2-bottleneck")
     add("--bottleneck", str, PAPER_SLOTS, "* form of the l2-bottleneck (Fig. 12) in six slots: weight norm of the first layer (wn), first "
         "layer (l linear, lb with bias), norm of its output (fn), and the same for the last layer; - is nothing", metavar="SLOTS")
-    add("--no-weight-norm", bool, False, "raw last layer, as in the authors' code; small runs may collapse")
+    add("--no-weight-norm", bool, False, "raw last layer, as in the authors' code: learns more slowly and ends higher (Fig. 1); small runs may collapse")
     add("--teacher", str, None, "teacher instead of a random one: run/checkpoint.pt:student (Fig. 18), or "
         "lmc/runs/init0-run0.pt:supervised, which saw labels")
     add("--ema", cli.unit_interval, 0.0, "share of the student that enters the teacher after each step (a momentum of 0.996 is 0.004 here); disables the cache")
@@ -290,7 +290,9 @@ def title(args, varied=()):
     """A run, or what all runs of a sweep over the flags ``varied`` have in common, in words."""
     encoder = "encoders" if "encoder" in varied else args.encoder
     dataset = "data sets" if "dataset" in varied else args.dataset
-    return f"{encoder} on {dataset}" + ("" if "alpha" in varied else f", alpha = {args.alpha:g}")
+    raw = args.bottleneck == NO_WEIGHT_NORM and "bottleneck" not in varied
+    alpha = "" if "alpha" in varied else f", alpha = {args.alpha:g}"
+    return f"{encoder} on {dataset}{alpha}{', no weight norm' if raw else ''}"
 
 
 if __name__ == "__main__":

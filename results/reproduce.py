@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 SCALES = ("paper", "small", "toy", "early")  # the best evidence first; toy serves a test
 VGG11 = 3.5  # hours on two cores with bf16 for one run of the paper's protocol: the unit V
-GPU = 0.1 / VGG11  # hours on one GPU for an hour on two cores: an estimate, not measured
+GPU = 0.03 / VGG11  # hours on a GPU for one on two cores: on an H200, with six runs side by side
 TEST_IMAGES = dict(digits=450, cifar10=10000, cifar100=10000, stl10=8000, tinyimagenet=10000)
 ACCURACIES = ("linear", "knn", "accuracy", "error", "mean")
 MARKS = ("<!-- headline rows: written by results/reproduce.py -->", "<!-- end of headline rows -->")
@@ -149,7 +149,10 @@ def shown(value):
 
 
 def with_spread(found):
-    return shown(found.mean) + ("" if found.std is None else f" ± {shown(found.std)}")
+    if found.std is None:
+        return shown(found.mean)
+    small = found.std < 0.01 <= found.mean  # no place for exponents beside a mean without one
+    return f"{shown(found.mean)} ± {f'{found.std:.2f}' if small else shown(found.std)}"
 
 
 def read_csv(path):
@@ -378,7 +381,8 @@ is typed by hand.
 * The standard error is that of one accuracy over the draw of N test images, sqrt(p(1 - p) / N).
 * `paper` is the paper's protocol, `small` what two cores do in the stated time. Hours count on two
   cores that do 400 images a second (VGG11 in bf16). Not all that have instructions for bf16 do:
-  Fig. 1 ran at 140, and takes three times as long there. Hours on a GPU are estimates.
+  some did 140. Hours on a GPU are what a run takes on one NVIDIA H200 that six of them share, as
+  Fig. 1's did; other GPUs, single runs and small networks take longer. Runs on `cuda` used it.
 * Results under `early/` were made before run folders were kept with their config.json; the commit
   that added them is named instead.
 """
@@ -430,7 +434,7 @@ def redraw():
         folder, part = path.parent, RESULTS.joinpath(*path.relative_to(RESULTS).parts[:3])
         words = (early(part) or [text(part.parts[-3], "small")])[-1]
         encoder = re.search(r"(?i)resnet\d+|vit-\w+|$", words)[0].lower() or "vgg11"
-        about = argparse.Namespace(encoder=encoder, dataset="cifar10", alpha=1e-10)
+        about = argparse.Namespace(encoder=encoder, dataset="cifar10", alpha=1e-10, bottleneck=None)
         for name, value in (config(part) or {"flags": {}})["flags"].items():
             if value is not None:
                 setattr(about, name, value[0] if isinstance(value, list) else value)
@@ -449,13 +453,10 @@ def redraw():
             kinds = {row["init"]: re.sub(r".*:(?=\D)|:\d+$", "", row["init"]) for row in rows}
             drawn = [rows, kinds, title(about, ["alpha"])]
         elif not groups:  # fig5.png shows two landscapes
-            places = [folder] if path.stem == "landscape" else sorted(folder.parent.glob("[ns]*"))
+            places = [folder]
+            if path.stem != "landscape":
+                places = [table.parent for table in sorted(folder.parent.glob("*/landscape.csv"))]
             drawn = [[panel(place) for place in places]]
-            for one in drawn[0] if part.parts[-2] == "early" else ():
-                one["orthogonal"] = one["points"][1]["x"] != 1
-                plane = "orthogonal plane" if one["orthogonal"] else "interpolation plane"
-                plane += ", encoder alone" if part.parts[-3] in ("fig15", "fig16") else ""
-                one["title"] = f"{title(about, ['alpha'])}, {plane}"
         run.draw(path, console.say, getattr(plots, path.stem, plots.landscapes), *drawn)
 
 
