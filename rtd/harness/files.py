@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from rtd.errors import InputError
+from rtd.harness.device import describe
 from rtd.harness.signals import deferred
 
 VERSION = 4  # of state files
@@ -196,6 +197,6 @@ def provenance(args, device):
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), **versions},
         "commit": commit,
-        "device": str(device),
+        "device": describe(device, args.precision),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
