@@ -217,12 +217,13 @@ def panel(path):
             raise InputError(f"{file} holds no landscape, but nothing, or other than numbers")
     points = [point | {"name": str(point["name"])} for point in points]
     known = [flags.get("encoder"), flags.get("dataset"), f"{flags.get('plane', '')} plane"]
-    title = ", ".join(filter(None, known))
+    known += ["encoder alone"] if flags.get("encoder_only") else []
     return {
         "rows": rows,
         "points": points,
         "orthogonal": flags.get("plane") == "orthogonal",
-        "title": title + (", encoder alone" if flags.get("encoder_only") else ""),
+        "loss": "KL of embeddings" if flags.get("encoder_only") else "train KL",
+        "title": ", ".join(filter(None, known)),
     }
 
 

@@ -134,12 +134,12 @@ class Number(NamedTuple):
     mean: float
     std: float | None
     n: int
-    best: float | None
+    best: str  # over the epochs of each run
     epoch: str
     test_images: int | None  # None: no accuracy
 
     def __str__(self):
-        return f"{with_spread(self)} (n = {self.n})"
+        return f"{spread(self.mean, self.std)} (n = {self.n})"
 
 
 def shown(value):
@@ -148,11 +148,15 @@ def shown(value):
     return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.{1 if abs(value) >= 1 else 2}f}"
 
 
-def with_spread(found):
-    if found.std is None:
-        return shown(found.mean)
-    small = found.std < 0.01 <= found.mean  # no place for exponents beside a mean without one
-    return f"{shown(found.mean)} ± {f'{found.std:.2f}' if small else shown(found.std)}"
+def spread(mean, std):
+    if std is None:
+        return shown(mean)
+    small = std < 0.01 <= mean  # no place for exponents beside a mean without one
+    return f"{shown(mean)} ± {f'{std:.2f}' if small else shown(std)}"
+
+
+def mean_and_std(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def read_csv(path):
@@ -207,36 +211,35 @@ def number(label, sources, scale):
             continue
         first = next(iter(tables))
         run, row = folder / first.relative_to(folder).parts[0], tables[first][-1]
-        final, best = [], []
+        final, best, epoch = [], [], ""
+        if "step" in row:  # epochs of runs; stopped ones are compared at the last that all have
+            last = min(int(rows[-1]["epoch"]) for rows in tables.values())
+            epoch = "" if column.startswith(("teacher", "input")) else reached(last, run)
         for rows in tables.values():
             values = [float(row[column]) for row in rows]
-            if "step" in row:  # epochs of one run
-                final.append(values[-1])
+            if "step" in row:
+                final.append(float([r for r in rows if int(r["epoch"]) <= last][-1][column]))
                 best += [max(values)] if column.startswith("student") else []
             else:
                 final += values
                 best += [float(row[f"{column}_best"]) for row in rows if f"{column}_best" in row]
-        logs = tables.values() if not column.startswith(("teacher", "input")) else ()
-        epochs = sorted({int(rows[-1]["epoch"]) for rows in logs if "step" in row})
         return Number(
             label.replace("{kept}", shown(100 - 100 * float(row.get("sparsity") or 0))),
             run,
-            statistics.mean(final),
-            statistics.stdev(final) if len(final) > 1 else None,
+            *mean_and_std(final),
             len(final),
-            statistics.mean(best) if best else None,
-            reached(epochs, run),
+            spread(*mean_and_std(best)) if best else "",
+            epoch,
             test_images(run, row) if column.endswith(ACCURACIES) else None,
         )
     return None
 
 
-def reached(epochs, run):
-    """The last epochs of some logs as text, with the number planned where a run is not done."""
+def reached(last, run):
+    """An epoch as text, with the number planned where a run is not done."""
     flags = (config(run) or {"flags": {}})["flags"]
     planned = 0 if flags.get("epochs_of") else flags.get("epochs", 0)
-    said = " to ".join(map(str, dict.fromkeys(epochs[:1] + epochs[-1:])))
-    return f"{said} of {planned}" if epochs and epochs[0] < planned else said
+    return f"{last} of {planned}" if last < planned else str(last)
 
 
 def early(run):
@@ -286,7 +289,7 @@ def filled(template, table):
         found = []
         for label, paper, ours in table:
             if fnmatchcase(ours[0].label if ours else label, pattern.replace("[", "[[]")):
-                best = shown(ours[0].best) if ours else ""
+                best = ours[0].best if ours else ""
                 mine = str(ours[0]) if ours else ""
                 found.append({"paper": paper, "best": best}.get(which, mine))
         found = [value for value in found if value] or ["not run"]
@@ -339,12 +342,12 @@ def section(name):
     numbers = [found for _, _, ours in table for found in ours]
     said = [f'<a id="{name}"></a>\n\n## {title}', f"**Claim.** {text(name, 'claim')}"]
     said += [f"![{title}]({path})" for path in pictures(name)]
-    cells = ["| | paper | ours, final | ours, best on test | n | epoch | run |"]
+    cells = ["| | paper | ours, final | ours, best on test | n | final epoch | run |"]
     cells.append("|---|---:|---:|---:|---:|---:|---|")
     for label, paper, ours in table:
         cells += [] if ours else [f"| {label} | {paper} | not run | | | | |"]
         for found in ours:
-            mine = f"{with_spread(found)} | {shown(found.best)}"
+            mine = f"{spread(found.mean, found.std)} | {found.best}"
             n = found.n if found.n > 1 else "**1**"
             where = f"{found.epoch} | {found.run.parent.name}/{found.run.name}"
             cells.append(f"| {found.label} | {paper} | {mine} | {n} | {where} |")
@@ -359,7 +362,7 @@ def section(name):
     for scale in ("small", "paper"):
         if lines := commands(name, scale):
             time = hours(name, scale)
-            gpu = f", {time * GPU:,.{0 if time > 100 else 2}f} h on a GPU (estimate)"
+            gpu = f", {max(time * GPU, 0.01):,.{0 if time > 100 else 2}f} h on a GPU (estimate)"
             call = f"python results/reproduce.py {name} --scale {scale} --data-dir data"
             said.append(
                 f"Scale `{scale}`, {time:,.{time < 10:d}f} h on two cores{gpu}:\n\n    {call}"
@@ -371,8 +374,8 @@ def section(name):
 
 INTRODUCTION = """# The paper, reproduced
 
-`results/reproduce.py` writes this page from `claims.ini` and the CSVs beside it. No result in it
-is typed by hand.
+`results/reproduce.py` writes this page from `claims.ini` and the CSVs beside it. It reads all
+numbers of the tables there; the verdicts' words are ours.
 
 * The headline number is that of the *final* epoch. The authors report the *best* epoch, chosen on
   the test images themselves; it stands second, wherever a run was probed more than once.
@@ -381,8 +384,8 @@ is typed by hand.
 * The standard error is that of one accuracy over the draw of N test images, sqrt(p(1 - p) / N).
 * `paper` is the paper's protocol, `small` what two cores do in the stated time. Hours count on two
   cores that do 400 images a second (VGG11 in bf16). Not all that have instructions for bf16 do:
-  some did 140. Hours on a GPU are what a run takes on one NVIDIA H200 that six of them share, as
-  Fig. 1's did; other GPUs, single runs and small networks take longer. Runs on `cuda` used it.
+  some did 140. Hours on a GPU are a run's share of one NVIDIA H200, where six of Fig. 1's ran at
+  once; a run alone, and small networks, take several times as long. Runs on `cuda` used it.
 * Results under `early/` were made before run folders were kept with their config.json; the commit
   that added them is named instead.
 """
@@ -434,7 +437,9 @@ def redraw():
         folder, part = path.parent, RESULTS.joinpath(*path.relative_to(RESULTS).parts[:3])
         words = (early(part) or [text(part.parts[-3], "small")])[-1]
         encoder = re.search(r"(?i)resnet\d+|vit-\w+|$", words)[0].lower() or "vgg11"
-        about = argparse.Namespace(encoder=encoder, dataset="cifar10", alpha=1e-10, bottleneck=None)
+        about = argparse.Namespace(
+            encoder=encoder, dataset="cifar10", alpha=1e-10, bottleneck=None, seed=0
+        )
         for name, value in (config(part) or {"flags": {}})["flags"].items():
             if value is not None:
                 setattr(about, name, value[0] if isinstance(value, list) else value)
@@ -451,7 +456,7 @@ def redraw():
         elif path.stem in ("imp", "lmc"):
             rows = files.read_csv(path.with_suffix(".csv"))
             kinds = {row["init"]: re.sub(r".*:(?=\D)|:\d+$", "", row["init"]) for row in rows}
-            drawn = [rows, kinds, title(about, ["alpha"])]
+            drawn = [rows, kinds, f"{title(about, ['alpha'])}, seed {about.seed}"]
         elif not groups:  # fig5.png shows two landscapes
             places = [folder]
             if path.stem != "landscape":

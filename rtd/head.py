@@ -5,7 +5,8 @@
 
 The columns of V~ have unit norm, so the outputs are the cosines between the bottleneck vector z~
 and 2^16 directions. (The authors' released code computes that weight normalisation and then does
-not use it; the slots "-/lb/fn/-/l/-" reproduce what it did: y = V^T z~ with the raw V.)
+not use it; the slots "-/lb/fn/-/l/-" do as it did, y = V^T z~ with the raw V, and reach the
+numbers that the paper prints: results/README.md, Fig. 1.)
 
 Fig. 12 takes the bottleneck apart. It is written as six slots, ``wn1/lin1/fn1/wn2/lin2/fn2``:
 weight normalisation of the first layer, the first layer, normalisation of its output, and the same

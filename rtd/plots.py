@@ -326,13 +326,13 @@ def _map(axis, xs, ys, grid, norms, networks, label, true):
     axis.clabel(axis.contour(xs, ys, norms, 5, colors="white", linewidths=0.6), fontsize=7)
     kind = "distance" if true else "interpolation"
     axis.set(xlabel=f"x ({kind}); contours: |theta|", ylabel=f"y ({kind})")
-    axis.set_box_aspect(np.clip(np.ptp(ys) / np.ptp(xs), 0.6, 2) if true else 1)
+    axis.set_box_aspect(np.clip(np.ptp(ys) / np.ptp(xs), 0.25, 2) if true else 1)
     look = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
     look |= {"fontsize": 11, "ha": "center", "va": "center", "textcoords": "offset points"}
     for (x, y), name in networks.items():
         axis.plot(x, y, "o", color=RED, markeredgecolor="white", markersize=7)
-        above = y > np.mean([other for _, other in networks])  # away from each other
-        axis.annotate(name, (x, y), (0, 13 if above else -13), **look)
+        right, above = (x, y) > np.mean([*networks], 0)  # away from each other
+        axis.annotate(name, (x, y), (9 if right else -9, 13 if above else -13), **look)
 
 
 def _cut(axis, xs, ys, grid, networks, label):
@@ -353,7 +353,7 @@ def landscapes(panels):
     """Figs. 5, 13 to 16: train KL (log colours) and both probes, a row for each landscape.
 
     panels: {"rows": of landscape.csv, "points": of points.csv, "orthogonal": whether distances are
-    true, "title": str}. A single row or column of points is drawn as a curve.
+    true, "loss": what its train_kl is, "title": str}. A single row or column is drawn as a curve.
     """
     if not all(panel["rows"] for panel in panels):
         raise InputError("no picture is drawn: a landscape has no points yet")
@@ -375,10 +375,11 @@ def landscapes(panels):
                 networks[row["x"], row["y"]] = f"${name}$"
         axes[0].set_title("" if title else panel["title"].replace(", ", ",\n"))
         for axis, name, grid in zip(axes, shown, grids, strict=False):
+            label = MAP_LABELS[name].replace("train KL", panel["loss"])
             if 1 in grid.shape:
-                _cut(axis, xs, ys, grid, networks, MAP_LABELS[name])
+                _cut(axis, xs, ys, grid, networks, label)
             elif np.isfinite(grid).any():
-                _map(axis, xs, ys, grid, grids[-1], networks, MAP_LABELS[name], panel["orthogonal"])
+                _map(axis, xs, ys, grid, grids[-1], networks, label, panel["orthogonal"])
             else:
                 axis.set_axis_off()
     return figure

@@ -40,7 +40,7 @@ def panel(xs=(-1, 0, 1), ys=(0, 2, 4), linear=None, orthogonal=False):
     rows = [{"x": x, "y": y, "train_kl": 1e-4 * (x * x + y), "linear": linear} for x, y in grid]
     rows = [row | {"knn": 20 + row["x"] + row["y"], "norm_total": 6 + row["y"]} for row in rows]
     points = [{"name": name, "x": x, "y": 0} for x, name in enumerate(("theta_T", "theta*_S(0)"))]
-    return {"rows": rows, "points": points, "orthogonal": orthogonal, "title": "a plane"}
+    return {"rows": rows, "points": points, "orthogonal": orthogonal, "loss": "KL", "title": ""}
 
 
 RUNS = {5: [log(1, 6, 10)], 50: [log(0, 3, 20)]}  # epochs of 10 and of 20 steps

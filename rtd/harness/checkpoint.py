@@ -156,4 +156,5 @@ def say_starts(run, starts, data):
     run.say(f"{title}: {images}; {describe(run.device, run.args.precision)}")
     for start in starts:
         run.say(f"{start.name}: {start.spec}")
+    title += f", seed {run.args.seed}"
     return title, {start.spec: start.kind.partition(":")[0] for start in starts}
