@@ -41,18 +41,19 @@ from rtd.harness.device import describe
 from rtd.harness.probing import judge
 from rtd.harness.run import Run
 from rtd.harness.training import Training
-from rtd.head import PAPER_SLOTS, parse_slots
+from rtd.head import PAPER_SLOTS
 from rtd.init import init_student_, random_stream
 from rtd.last_layer import LOSSES, LastLayerLoss
 from rtd.models import ENCODERS, NORMS, build_network, parameter_count, random_network
 from rtd.plots import PROBE_TITLES, best_and_final, curves
+from rtd.probes import PROBES
 
-PROBED = tuple(sweeps.probe_columns(("linear", "knn")))
+PROBED = tuple(sweeps.probe_columns(PROBES))
 COLUMNS = ("epoch", "step", *LastLayerLoss._fields, *sweeps.DISTANCES, *PROBED)
 COLUMNS += ("images_per_second", "seconds")
 PRODUCTS = ("log.csv", "checkpoint.pt", "best.pt", "curves.*")
 NO_WEIGHT_NORM = "-/lb/fn/-/l/-"
-SAVED = ("rows", "baselines", "seconds", "best")
+SAVED = ("rows", "baselines", "seconds", "best")  # attributes of Record that --resume restores
 
 
 def parse_args(argv=None):
@@ -77,7 +78,7 @@ def parse_args(argv=None):
     add("--no-weight-norm", bool, False, "raw last layer, as in the authors' code: learns more slowly and ends higher (Fig. 1); small runs may collapse")
     add("--teacher", str, None, "teacher instead of a random one: run/checkpoint.pt:student (Fig. 18), or "
         "lmc/runs/init0-run0.pt:supervised, which saw labels")
-    add("--ema", cli.unit_interval, 0.0, "share of the student that enters the teacher after each step (a momentum of 0.996 is 0.004 here); disables the cache")
+    add("--ema", cli.unit_interval, 0.0, "share of the student that enters the teacher after each step (a momentum of 0.996 is 0.004 here); its answers are then computed anew in each step")
     add = parser.group("training")
     add("--batch-size", positive_int, 256, "images per step, over all processes; use smaller batches on small data sets")
     add("--lr", positive_float, 0.001, "* learning rate of AdamW, constant")
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     cli.add_output_flags(parser)
     add = parser.group("log")
     add("--probe-every", positive_int, 1, "epochs between two probes; the first and the last epoch are always probed")
-    add("--log-every", positive_int, 30, "steps between two whose KL and entropies are logged; at least 5 steps of an epoch are")
+    add("--log-every", positive_int, 30, "steps between two whose KL and entropies enter the epoch's means, at least 5 an epoch; its loss is over all")
     # fmt: on
     args = cli.parse(parser, argv, *sweeps.SWEPT)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"
@@ -110,7 +111,6 @@ def parse_args(argv=None):
 def main(args, device, world):
     planned = sweeps.expand(args)
     for run in planned:  # refuse what cannot be built before anything is computed
-        parse_slots(run.bottleneck)
         build_network(**model_of(run))
         if run.teacher:
             make_teacher(run.teacher, model_of(run), run.seed)
@@ -142,7 +142,7 @@ def distill(args, device, world):
     # The run folder refuses, begins, or is continued from where its checkpoint stands.
     reads = fingerprints(data) | {f"{k} of the probes": v for k, v in fingerprints(probed).items()}
     run = Run(args, device, world, PRODUCTS, ["epochs"], reads, [args.teacher])
-    run.args = args = count_epochs(args, len(data.train))
+    run.args = args = count_epochs(args, len(data.train))  # only now: Run compares flags as given
     teacher.to(device), student.to(device)
     about = {"model": model, "data": source_of(data), "student_init": student_init}
     record = Record(run, about | {"student": student.state_dict(), "teacher": teacher.state_dict()})
@@ -158,8 +158,8 @@ def distill(args, device, world):
     probed = data if same else probed.to(device)  # not twice in a GPU's memory
 
     # What the student is to beat, and what it is to reproduce.
-    def judge_as(prefix, network):
-        found = judge(network and network.encoder, probed, args, world)
+    def judge_as(prefix, encoder):
+        found = judge(encoder, probed, args, world)
         return {f"{prefix}_{probe}": accuracy for probe, accuracy in found.items()}
 
     if args.probe and not record.rows:
@@ -167,7 +167,7 @@ def distill(args, device, world):
         run.say("probing the teacher and the pixels")
         record.baselines = judge_as("input", None)
         if not args.ema:  # a teacher that moves is probed like the student
-            record.baselines |= judge_as("teacher", teacher)
+            record.baselines |= judge_as("teacher", teacher.encoder)
     target = MovingTeacher(teacher, args.ema, args.teacher_temperature) if args.ema else None
     target = target or cache_teacher(teacher, data, run)
     options = args.loss, args.student_temperature, args.beta, args.compile
@@ -180,9 +180,9 @@ def distill(args, device, world):
         means = training.run_epoch(epoch, record.save) if epoch else training.start(evaluate_start)
         row = dict(zip(LastLayerLoss._fields, means, strict=True)) | distance(student, student_init)
         if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
-            row |= judge_as("student", student)
+            row |= judge_as("student", student.encoder)
             if args.ema:
-                row |= judge_as("teacher", teacher)
+                row |= judge_as("teacher", teacher.encoder)
         record.add(row)
     world.in_main(record.report)
 
@@ -197,7 +197,7 @@ def cache_teacher(teacher, data, run):
 
 
 def count_epochs(args, images):
-    """The flags with all that counts epochs of --epochs-of N images in those of the data set."""
+    """The flags with epochs of --epochs-of images turned into epochs of the data set."""
     counted = vars(args).copy()
     for name in ("epochs", "probe_every", "save_every") if args.epochs_of else ():
         if counted[name]:
@@ -239,8 +239,7 @@ class Record:
         row |= {"epoch": epoch, "step": training.step, "seconds": self.elapsed()}
         row["images_per_second"] = speed = training.images_per_second
         self.rows.append(row)
-        found = {probe: row[f"student_{probe}"] for probe in self.args.probe}
-        found = {probe: accuracy for probe, accuracy in found.items() if accuracy is not None}
+        found = {p: x for p in self.args.probe if (x := row[f"student_{p}"]) is not None}
         first = next(iter(found.values()), -math.inf)  # of the probes, it decides what is best
         if epoch and first > self.best:
             self.best, self.best_contents = first, copy.deepcopy(self.contents())

@@ -32,7 +32,7 @@ from rtd.supervised import empty_classifier
 
 COLUMNS = ("init", "rewind_epoch", "control", "round", "sparsity", "remaining_parameters")
 COLUMNS += ("test_accuracy", "test_accuracy_best", "epochs", "seconds")
-PRODUCTS = ("imp.csv", "imp.*", "chains/init*-rewind*")
+PRODUCTS = ("imp.*", "chains/init*-rewind*")
 
 
 def parse_args(argv=None):
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     add = parser.group("pruning")
     add("--rewind-epoch", cli.non_negative_int, 0, "* epoch to whose weights a round rewinds, 0 is the start; the paper has 0, 1, 2, 5; each is a chain")
     add("--prune-fraction", cli.fraction, 0.2, "share of the remaining weights that a round prunes")
-    add("--prune", pruning.PRUNE, "weights", "what is pruned: weights of convolutions and linear layers, or all, as the authors did")
+    add("--prune", pruning.PRUNE, "weights", "parameters that may be pruned: weights of convolutions and linear layers, or all, as the authors did; the smallest go first")
     add("--control", ("none", "shuffle"), "none", "further chains with each mask shuffled within its layers: if they do as well, the mask does not matter")
     cli.add_training_flags(parser)
     cli.add_device_flags(parser)
@@ -153,12 +153,13 @@ def run_chain(chain, data, run):
                 masks = pruning.prune_smallest(masks, weights, pruning.remaining(masks) - left)
             training.load_state(rewind)
         if round_:
+            # after every step of the optimizer, what the mask prunes becomes 0 again
             training.loss.after_step = pruning.Masking(weights, masks)
             training.loss.after_step()
-        for epochs in training.epochs(save):
-            if epochs == chain.rewind_epoch and rewind is None:
+        for done in training.epochs(save):
+            if done == chain.rewind_epoch and rewind is None:
                 rewind = training.state()
-            if epochs == args.epochs:
+            if done == args.epochs:  # here, not after the loop: its last save must hold the row
                 new = training.accuracies[chain.rewind_epoch if round_ else 0 :]  # of this round
                 left = pruning.remaining(masks)
                 before = rewind["seconds"] if round_ else 0

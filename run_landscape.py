@@ -24,13 +24,13 @@ from rtd.harness.device import describe
 from rtd.harness.run import Run, check_output, draw
 from rtd.interpolation import PLANES, Plane
 from rtd.landscape import MEASURES, Landscape, asymmetry, norms
+from rtd.probes import PROBES
 
 MEASURED = tuple(f"{split}_{loss}" for split in ("train", "test") for loss in MEASURES)
-COLUMNS = ("i", "j", "x", "y", *MEASURED, "linear", "knn")
+COLUMNS = ("i", "j", "x", "y", *MEASURED, *PROBES)
 COLUMNS += ("norm_encoder", "norm_head", "norm_total")
 POINTS = ("name", "x", "y")
 PRODUCTS = ("landscape.*", "points.csv")
-AXES = ("origin", "x-axis", "y-axis")
 TEACHER = "theta_T"
 PROBE_BATCH = 512  # images per step of the linear probes, which are many
 
@@ -73,14 +73,14 @@ def parse_args(argv=None):
                 )
             setattr(args, f"{axis}_range", [low + 0.0, high, int(n)])  # a CSV has no -0
     if args.origin is None and args.x_axis:
-        args.origin = f"{path_of(args.x_axis)}:teacher"
+        args.origin = f"{path_of(args.x_axis) or args.x_axis}:teacher"
     return args
 
 
 def main(args, device, world):
     if args.plot_only:
         return draw_only(args, world)
-    specs = {f"--{axis}": getattr(args, axis.replace("-", "_")) for axis in AXES}
+    specs = {"--origin": args.origin, "--x-axis": args.x_axis, "--y-axis": args.y_axis}
     origin, states, names = load_networks(specs)
     source = origin["data"]
     args.dataset, args.encoder = args.dataset or source["name"], origin["model"]["encoder"]
@@ -91,6 +91,7 @@ def main(args, device, world):
     data = cli.load_data(args, world).with_normalization(source)
     cli.check_k(args, data)
     check_image_size(f"--origin {args.origin}", origin["model"], data)
+    # the second only lends its modules to the weights of each point
     teacher, network = (load_network(origin, which, device) for which in ("teacher", "student"))
     parameters = [name for name, _ in network.named_parameters()]
     try:
@@ -187,7 +188,7 @@ def report(run, rows, plane, names):
     corners = plane.corners()
     points = [(name, *corner) for name, corner in zip(names, corners, strict=True)]
     run.table("points.csv", POINTS, [dict(zip(POINTS, point, strict=True)) for point in points])
-    for column in ("train_kl", "linear", "knn"):
+    for column in ("train_kl", *PROBES):
         if values := [row[column] for row in rows if row[column] is not None]:
             run.say(f"{column}: {min(values):.4g} to {max(values):.4g} over {len(values)} points")
     valley = asymmetry(rows, corners[0])[:3] if names[0] == TEACHER else ()

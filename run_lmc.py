@@ -42,7 +42,7 @@ from rtd.supervised import empty_classifier
 COLUMNS = ("init", "i", "j", "gamma", "bn", "train_error", "test_error", "train_loss", "test_loss")
 BARRIERS = ("init", "bn", "statistic", "i", "j", "train_barrier", "test_barrier")
 BATCH_NORM = ("recompute", "interpolate")
-PRODUCTS = ("lmc.csv", "barriers.csv", "lmc.*", "runs/init*-run*", "lines/init*")
+PRODUCTS = ("barriers.csv", "lmc.*", "runs/init*-run*", "lines/init*")
 LINES = ("points", "bn_statistics", "bn_batches", "line_subset")
 
 
@@ -95,7 +95,7 @@ def main(args, device, world):
     tables = [f"lines/{start.name}-{a}-{b}.csv" for start, a, b in lines]
     modules = empty_classifier(starts[0].architecture, data.num_classes).modules()
     if not any(isinstance(module, torch.nn.BatchNorm2d) for module in modules):
-        args.bn_statistics = ["none"]  # are there to treat in one way or another
+        args.bn_statistics = ["none"]  # without batch norm
 
     def do(line, run):
         walk(*line, data, run)

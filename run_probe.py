@@ -20,9 +20,10 @@ from rtd.harness.checkpoint import ROLES, check_image_size, load_checkpoint, loa
 from rtd.harness.probing import judge
 from rtd.harness.run import check_output, lock
 from rtd.harness.sweeps import plus_minus
+from rtd.probes import PROBES
 
 PROBED = (*ROLES, "input")
-COLUMNS = ("checkpoint", "sha256", "epoch", "trained_on", "probed_on", "network", "linear", "knn")
+COLUMNS = ("checkpoint", "sha256", "epoch", "trained_on", "probed_on", "network", *PROBES)
 
 
 def parse_args(argv=None):
@@ -80,8 +81,8 @@ def main(args, device, world):
             else:
                 encoder = load_network(contents, network, device).encoder
                 values = judge(encoder, normalised, args, world)
-            row = dict(zip(COLUMNS, (*origin, network, None, None), strict=True))
-            rows.append(row | values)
+            row = dict(zip(COLUMNS, (*origin, network), strict=False))
+            rows.append(dict.fromkeys(COLUMNS) | row | values)
             if world.is_main:
                 files.write_csv(args.out, COLUMNS, rows)
     if world.is_main:

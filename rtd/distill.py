@@ -44,13 +44,12 @@ def teacher_answers(teacher, mean, std, temperature, images, batch_size=256, pro
     iterator over a list, which may say how far it is.
     """
     teacher.eval()
-    weight, answers = teacher.head.l2_bottleneck.normalized_weight(), None
-    for i, x in enumerate(progress(images.split(batch_size))):
-        z = teacher.bottleneck(normalize(x, mean, std)) / temperature  # (B, K)
-        if answers is None:
-            answers = z.new_empty(len(images), z.shape[1] + 1)
-        rows = answers[i * batch_size : (i + 1) * batch_size]
-        rows[:, :-1], rows[:, -1] = z, output_log_mean_exp(z, weight)
+    weight = teacher.head.l2_bottleneck.normalized_weight()
+    answers = weight.new_empty(len(images), weight.shape[1] + 1)
+    batches = progress(images.split(batch_size))
+    for x, rows in zip(batches, answers.split(batch_size), strict=True):
+        rows[:, :-1] = z = teacher.bottleneck(normalize(x, mean, std)) / temperature  # (B, K)
+        rows[:, -1] = output_log_mean_exp(z, weight)
     return answers
 
 
@@ -162,12 +161,11 @@ def distance(network, start):
     start: the network's state dict at the start, best on its device. Returns distance_encoder,
     distance_head and distance_total.
     """
-    names = [name for name, _ in network.named_parameters()]
-    moved = [p - start[name].to(p.device) for name, p in network.named_parameters()]
     # pairwise summation of each tensor, in doubles over them; a GPU is waited for once
-    squares = torch.stack([difference.square().sum() for difference in moved]).tolist()
-    parts = dict.fromkeys(("encoder", "head"), 0.0)
-    for name, square in zip(names, squares, strict=True):
+    parameters = dict(network.named_parameters())
+    squares = [(p - start[name].to(p.device)).square().sum() for name, p in parameters.items()]
+    parts = {"encoder": 0.0, "head": 0.0}
+    for name, square in zip(parameters, torch.stack(squares).tolist(), strict=True):
         parts[name.split(".")[0]] += square
     parts["total"] = parts["encoder"] + parts["head"]
     return {f"distance_{part}": value**0.5 for part, value in parts.items()}

@@ -112,12 +112,12 @@ class Plane:
         Batch norm's statistics are interpolated likewise, with variances of at least 0.
         """
         weights = self.weights(x, y)
-        corner = weights.index(1) if sorted(weights) == [0, 0, 1] else None
+        if sorted(weights) == [0, 0, 1]:  # bit for bit: 0 x -1 + -0 would lose a sign
+            network.load_state_dict(self.states[weights.index(1)])
+            return network
         for name, tensor in network.state_dict().items():
-            a, b, c = (state[name] for state in self.states)
-            if corner is not None:
-                tensor.copy_((a, b, c)[corner])  # bit for bit: 0 x -1 + -0 would lose a sign
-            elif tensor.is_floating_point():
+            if tensor.is_floating_point():
+                a, b, c = (state[name] for state in self.states)
                 torch.mul(a, weights[0], out=tensor).add_(b, alpha=weights[1])
                 tensor.add_(c, alpha=weights[2])
                 if name.endswith("running_var"):

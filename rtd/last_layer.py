@@ -196,12 +196,11 @@ def _forward_backward(
         return (log_mean_exp - inner / m).mean() + math.log(m)
 
     kl, inner_t, inner_s = diagnosed
-    distance = value if kind == "mse" else kl
-    loss = mean_over_images(lme, value) if kind == "ce" else distance.mean() / m
+    means = {"ce": mean_over_images(lme, value), "kl": kl.mean() / m, "mse": value.mean() / m}
     extras = None, None, None
     if diagnostics:
         extras = kl.mean() / m, mean_over_images(lme_t, inner_t), mean_over_images(lme, inner_s)
-    return LastLayerLoss(loss, *extras), grad_z, grad_weight
+    return LastLayerLoss(means[kind], *extras), grad_z, grad_weight
 
 
 class _Function(torch.autograd.Function):

@@ -1,5 +1,8 @@
 """Losses between the outputs of teacher and student (section 3, App. A), accurate where tiny.
 
+These are the definitions, on (B, m) logits. Training computes the same in ``rtd.last_layer`` from
+the head's bottleneck, without ever holding those.
+
 With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
 
     cross-entropy  H(p_t, p_s) = -sum p_t log p_s        what is minimised
@@ -15,9 +18,6 @@ computed as that difference: float32 resolves numbers around 11 to 1e-6. Because
 a sum of terms of one sign, each of the size of the result. Likewise log p = s - logmeanexp(s) - log
 m is kept as two numbers, of which the first (s - logmeanexp(s), about 0.1) is held to 1e-8 in
 float32 and the second is a constant.
-
-``cross_entropy``, ``kl_divergence`` and ``entropy`` are the definitions, on (B, m) logits.
-``rtd.last_layer`` computes the same from the head's bottleneck, without ever holding those.
 """
 
 import math

@@ -43,10 +43,10 @@ NORMS = {  # of C channels; all with a gain and a bias for each channel
 }
 
 
-def _vgg(name, norm="none"):
+def _vgg(name, norm, image_size):
     from torchvision.models import vgg
 
-    if norm == "none":
+    if norm in (None, "none"):
         layers = getattr(vgg, name)(init_weights=False).features
     else:
         layers = getattr(vgg, f"{name}_bn")(init_weights=False).features
@@ -56,21 +56,21 @@ def _vgg(name, norm="none"):
     return nn.Sequential(OrderedDict(features=layers, flatten=nn.Flatten()))
 
 
-def _resnet(name, norm="batch"):
+def _resnet(name, norm, image_size):
     from torchvision.models import resnet
 
-    model = getattr(resnet, name)(norm_layer=NORMS[norm])
+    model = getattr(resnet, name)(norm_layer=NORMS[norm or "batch"])
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
     model.fc = nn.Identity()
     return model
 
 
-def _narrow_resnet(blocks, norm="batch"):
+def _narrow_resnet(blocks, norm, image_size):
     """3 stages of ``blocks`` blocks with 16, 32, 64 channels (He et al. 2016, section 4.2)."""
     from torchvision.models.resnet import BasicBlock
 
-    norm = NORMS[norm]
+    norm = NORMS[norm or "batch"]
     convolution = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
     layers, width = [convolution, norm(16), nn.ReLU(inplace=True)], 16
     for planes in (16, 32, 64):
@@ -85,9 +85,15 @@ def _narrow_resnet(blocks, norm="batch"):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _vit(width, heads, image_size):
+def _vit(width, heads, norm, image_size):
     from torchvision.models import VisionTransformer
 
+    if norm:
+        raise InputError(f"--norm {norm}: a ViT has layer norms of its own; leave it out")
+    if image_size % 8:
+        raise InputError(
+            f"--image-size {image_size}: a ViT cuts images into 8x8 patches; choose a multiple of 8"
+        )
     model = VisionTransformer(
         image_size,
         patch_size=8,
@@ -100,15 +106,17 @@ def _vit(width, heads, image_size):
     return model
 
 
-# width, heads
-VITS = {"vit-tiny": (192, 3), "vit-small": (384, 6), "vit-medium": (512, 8), "vit-base": (768, 12)}
-CONVOLUTIONAL = {
+# name: a function (norm or None for its own, image_size) -> module from images to embeddings
+ENCODERS = {
     **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
     "resnet20": partial(_narrow_resnet, 3),
     "resnet56": partial(_narrow_resnet, 9),
+    "vit-tiny": partial(_vit, 192, 3),
+    "vit-small": partial(_vit, 384, 6),
+    "vit-medium": partial(_vit, 512, 8),
+    "vit-base": partial(_vit, 768, 12),
 }
-ENCODERS = (*CONVOLUTIONAL, *VITS)
 
 
 def build_encoder(encoder, norm=None, image_size=32):
@@ -121,16 +129,7 @@ def build_encoder(encoder, norm=None, image_size=32):
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder '{encoder}': choose one of {', '.join(ENCODERS)}")
     with torch.device("meta"):
-        if encoder in CONVOLUTIONAL:
-            return CONVOLUTIONAL[encoder](**({"norm": norm} if norm else {}))
-        if norm:
-            raise InputError(f"--norm {norm}: {encoder} has layer norms of its own; leave it out")
-        if image_size % 8:
-            raise InputError(
-                f"--image-size {image_size}: {encoder} cuts images into 8x8 patches; choose a "
-                "multiple of 8"
-            )
-        return _vit(*VITS[encoder], image_size)
+        return ENCODERS[encoder](norm, image_size)
 
 
 def embedding_dim(encoder, image_size=32):

@@ -13,22 +13,17 @@ weights, so a pruned network costs what a dense one costs.
 """
 
 import torch
-from torch import nn
 
 PRUNE = ("weights", "all")
 
 
 def prunable(model, prune="weights"):
     """{name: parameter} of what may be pruned in ``model``, in its order; prune: of ``PRUNE``."""
-    if prune == "all":
-        return dict(model.named_parameters())
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):  # query, key and value, three layers in one
-            found[f"{name}.in_proj_weight".lstrip(".")] = module.in_proj_weight
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            found[f"{name}.weight".lstrip(".")] = module.weight
-    return found
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if prune == "all" or (p.ndim > 1 and name.endswith("weight"))
+    }
 
 
 def dense_masks(weights):

@@ -106,7 +106,7 @@ def test_norm_layers_stand_behind_each_convolution_and_normalise(encoder, norm, 
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("vit-tiny", {"norm": "batch"}, "--norm batch: vit-tiny has layer norms"),
+        ("vit-tiny", {"norm": "batch"}, "--norm batch: a ViT has layer norms"),
         ("vit-tiny", {"image_size": 36}, "choose a multiple of 8"),
         ("vgg12", {}, "unknown encoder 'vgg12'"),
     ],

@@ -52,7 +52,7 @@ distill --dataset tinyimagenet --data-dir other       | other tiny-imagenet-200
 distill --download                                    | --download digits
 distill --bottleneck -/l/fn                           | --bottleneck -/l/fn -/lb/fn/wn/l/-
 distill --no-weight-norm --bottleneck -/lb/fn/wn/l/fn | --no-weight-norm --bottleneck
-distill --norm batch --encoder vit-tiny               | --norm batch vit-tiny
+distill --norm batch --encoder vit-tiny               | --norm batch ViT
 distill --image-size 16; --image-size 100000          | --image-size 32 1024
 distill --encoder vit-tiny --image-size 36            | --image-size 36 8
 distill --probe-subset 5                              | --probe-subset 5 --probe-dataset
@@ -99,6 +99,7 @@ landscape --image-size 64                             | --image-size 32
 landscape --out {landscape} --resume --x-range 0 1 5  | --x-range
 landscape --x-axis {a}/checkpoint.pt:tutor            | --x-axis tutor student-init
 landscape --x-axis {a}/checkpoint.pt                  | --x-axis PATH:NETWORK
+landscape! --x-axis {a}/checkpoint.pt --y-axis {b}/checkpoint.pt:student | --x-axis PATH:NETWORK
 landscape --x-axis nowhere.pt:student                 | nowhere.pt
 landscape --y-axis {a}/checkpoint.pt:student          | --y-axis line
 landscape --y-axis {seed1}/checkpoint.pt:student      | --y-axis {seed1} teachers

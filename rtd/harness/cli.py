@@ -37,8 +37,8 @@ class Parser(argparse.ArgumentParser):
     def group(self, title):
         """A function add(flag, kind, default, help, ...) that adds flags to a new group.
 
-        kind: bool for a switch, a collection of choices, or a function that parses one value. Flags
-        whose help begins with * take several values.
+        kind: bool for a switch, a collection of choices, or a function that parses one value; str
+        is for PATH:NETWORK. Flags whose help begins with * take several values.
         """
         group = self.add_argument_group(title)
 
@@ -122,7 +122,7 @@ def add_training_flags(parser):
 def add_probe_flags(parser):
     """--probe, --k, --probe-epochs."""
     add = parser.group("probes")
-    add("--probe", (*PROBES, "none"), list(PROBES), "judges of the features", nargs="+")
+    add("--probe", (*PROBES, "none"), list(PROBES), "classifiers that measure the features", nargs="+")
     add("--k", positive_int, 20, "neighbours of the k-NN probe")
     add("--probe-epochs", positive_int, 10, "epochs of the linear probe; raise it on small sets: below 500 steps it underfits")
 

@@ -25,7 +25,7 @@ from rtd.errors import InputError
 from rtd.harness.device import describe
 from rtd.harness.signals import deferred
 
-VERSION = 4  # of state files
+VERSION = 5  # of state files
 KINDS = {  # of state files, and who writes them
     "checkpoint": "run_distill.py (checkpoint.pt or best.pt)",
     "supervised": "run_lmc.py (runs/*.pt)",

@@ -193,12 +193,11 @@ class SupervisedTraining(Training):
 
     def state(self):
         """A copy of everything that decides how training goes on."""
-        state = {"accuracies": self.accuracies, "seconds": self.seconds}
-        state |= {"classifier": self.classifier.state_dict(), "training": super().state()}
-        return copy.deepcopy(state)
+        state = super().state() | {"accuracies": self.accuracies, "seconds": self.seconds}
+        return copy.deepcopy(state | {"classifier": self.classifier.state_dict()})
 
     def load_state(self, state):
         """Go back, or on, to a ``state``, which stays as it is."""
         self.classifier.load_state_dict(state["classifier"])
-        super().load_state(state["training"])
+        super().load_state(state)
         self.accuracies, self.seconds = list(state["accuracies"]), state["seconds"]
