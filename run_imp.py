@@ -80,7 +80,7 @@ def main(args, device, world):
     starts = load_starts(args, data)
     check_rounds(args, starts[0].architecture, data.num_classes)
     run = Run(args, device, world, PRODUCTS, ("rounds", "control"), fingerprints(data), args.init)
-    title, kinds = say_starts(run, starts, data)
+    title = say_starts(run, starts, data)
     data = data.to(device)
     chains = [
         Chain(start, epoch, f"chains/{start.name}-rewind{epoch}")
@@ -101,7 +101,7 @@ def main(args, device, world):
 
     def finish(diverged):
         if rows := run.concatenate("imp.csv", COLUMNS, tables):
-            run.draw("imp", plots.imp, rows, kinds, title)
+            run.draw("imp", plots.imp, rows, title)
 
     run.say("round  remaining  accuracy    best  seconds  start, rewind epoch")
     run.for_each(units, do, "chain", finish)

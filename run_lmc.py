@@ -82,7 +82,7 @@ def main(args, device, world):
         )
     starts = load_starts(args, data)
     run = Run(args, device, world, PRODUCTS, (*LINES, "runs"), fingerprints(data), args.init)
-    title, kinds = say_starts(run, starts, data)
+    title = say_starts(run, starts, data)
     data = data.to(device)
 
     # Train --runs times from each start.
@@ -104,7 +104,7 @@ def main(args, device, world):
     def finish(diverged):
         rows = run.concatenate("lmc.csv", COLUMNS, tables)
         summarize(run, rows, {start.spec: start.kind for start in starts})
-        run.draw("lmc", plots.lmc, rows, kinds, title)
+        run.draw("lmc", plots.lmc, rows, title)
 
     run.for_each(lines, do, "line", finish)
 

@@ -455,8 +455,7 @@ def redraw():
             drawn = [groups[()], title(about)]
         elif path.stem in ("imp", "lmc"):
             rows = files.read_csv(path.with_suffix(".csv"))
-            kinds = {row["init"]: re.sub(r".*:(?=\D)|:\d+$", "", row["init"]) for row in rows}
-            drawn = [rows, kinds, f"{title(about, ['alpha'])}, seed {about.seed}"]
+            drawn = [rows, f"{title(about, ['alpha'])}, seed {about.seed}"]
         elif not groups:  # fig5.png shows two landscapes
             places = [folder]
             if path.stem != "landscape":

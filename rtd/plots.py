@@ -6,6 +6,7 @@ error bars are one sample standard deviation. matplotlib is optional, so functio
 
 import contextlib
 import itertools
+import re
 
 import numpy as np
 
@@ -244,20 +245,20 @@ def dynamics(names, groups, title=""):
     return _sweep(names, groups, title, times, {"final epoch": "distance_{}"}, PARTS)
 
 
-def _of_kinds(rows, kinds):
+def _with_kind(rows):
+    """Rows with the "kind" of their init: PATH:student is a student, and random:1 is random."""
     if not rows:
         raise InputError("no picture is drawn: there are no results yet")
-    return [row | {"kind": kinds[row["init"]]} for row in rows]
+    return [row | {"kind": re.sub(r".*:(?=\D)|:\d+$", "", row["init"])} for row in rows]
 
 
 @_style()
-def imp(rows, kinds, title=""):
+def imp(rows, title=""):
     """Fig. 8: test accuracy against the weights that remain, for each kind of start and rewind.
 
-    rows: of imp.csv. kinds: {init as in the CSV: "student", "random" ...}; starts of one kind are
-    averaged.
+    rows: of imp.csv. Starts of one kind are averaged.
     """
-    rows = [row | {"left": 100 * (1 - row["sparsity"])} for row in _of_kinds(rows, kinds)]
+    rows = [row | {"left": 100 * (1 - row["sparsity"])} for row in _with_kind(rows)]
     chains = _samples(rows, "left", "test_accuracy", "kind", "rewind_epoch", "control")
     rewinds, looks = sorted({rewind for _, rewind, _ in chains}), {}
     figure, (axis,) = _figure(1, title, width=5)
@@ -282,13 +283,13 @@ def imp(rows, kinds, title=""):
 
 
 @_style()
-def lmc(rows, kinds, title=""):
+def lmc(rows, title=""):
     """Fig. 9: test error on the line between two runs, a panel for each kind of start.
 
-    rows: of lmc.csv. kinds: as in ``imp``. Pairs of runs are thin and their mean is thick, with a
-    line style for each treatment of batch norm.
+    rows: of lmc.csv. Pairs of runs are thin and their mean is thick, with a line style for each
+    treatment of batch norm.
     """
-    rows = _of_kinds(rows, kinds)
+    rows = _with_kind(rows)
     shown = list(dict.fromkeys(row["kind"] for row in rows))
     treatments = sorted({row["bn"] for row in rows}, reverse=True)  # recompute before interpolate
     figure, axes = _figure(len(shown), title, sharey=True)

@@ -148,6 +148,10 @@ def test_a_finished_run_of_a_sweep_is_not_begun_again(finished, tmp_path):
     for name in ("alpha0-seed0", "alpha0.5-seed1"):
         assert after[f"{name}/checkpoint.pt"] == before[f"{name}/checkpoint.pt"]
     assert runs_differ(case, finished["sweep"], folder) == ""
+    for path in filter(Path.is_file, folder.iterdir()):
+        path.unlink()  # as if each run had been made by itself
+    resume(case, flags, folder)
+    assert runs_differ(case, finished["sweep"], folder) == ""
 
 
 # Two processes that train one network together

@@ -50,8 +50,8 @@ FIGURES = {  # arguments that draw something, and that do not
     "curves": (([log(0), log(1), log(2)], "VGG11 on CIFAR-10"), ([log(), []],)),
     "sweep": ((["dataset", "out_dim"], SWEEP), (["lr"], {})),
     "dynamics": ((["norm"], NORMS), (["lr"], {(1.0,): [[]]})),
-    "imp": ((results("a", (50, 40)), {"a": "student"}), ([], {})),
-    "lmc": ((results("a", (1, 2)), {"a": "random"}), ([], {})),
+    "imp": ((results("a:student", (50, 40)),), ([],)),
+    "lmc": ((results("random", (1, 2)),), ([],)),
     "landscapes": (([panel()],), ([panel() | {"rows": []}],)),
 }
 
@@ -122,9 +122,15 @@ def test_two_flags_are_colour_and_style_and_runs_of_unequal_epochs_are_drawn_ove
 
 
 def test_tickets_are_means_of_starts_and_lines_between_runs_are_thin_and_their_mean_thick():
-    rows = results("a", (50, 40)) + results("b", (54, 44)) + results("r", (30, 20))
-    rows += results("a", (60, 40), rewind_epoch=2) + results("a", (9, 8), control="shuffle")
-    figure = plots.imp(rows, {"a": "student", "b": "student", "r": "random"})
+    rows = (
+        results("a:student", (50, 40))
+        + results("b:student", (54, 44))
+        + results("random:1", (30, 20))
+    )
+    rows += results("a:student", (60, 40), rewind_epoch=2) + results(
+        "a:student", (9, 8), control="shuffle"
+    )
+    figure = plots.imp(rows)
     name, (axis,) = "student, rewound to epoch", figure.axes
     found = {f"{name} 0, mean of 2", f"{name} 2", f"{name} 0,\nmasks shuffled"}
     assert set(legends(figure)[0]) == found | {"random, rewound to epoch 0"}
@@ -133,8 +139,12 @@ def test_tickets_are_means_of_starts_and_lines_between_runs_are_thin_and_their_m
     (band,) = axis.collections  # one start alone has none
     assert np.isclose(band.get_paths()[0].vertices, (100, 52 + 8**0.5)).all(1).any()
     assert axis.get_xscale() == "log" and words(axis.get_xticklabels()) == ["100", "80"]
-    rows = results("r", (1, 5)) + results("r", (3, 9), j=2) + results("x", (0, 99), bn="none")
-    figure = plots.lmc(rows, {"r": "random", "x": "student"})
+    rows = (
+        results("random", (1, 5))
+        + results("random", (3, 9), j=2)
+        + results("x:student", (0, 99), bn="none")
+    )
+    figure = plots.lmc(rows)
     left, right = figure.axes
     assert words((left.title, right.title)) == ["random", "student"]
     assert left.get_ylim() == right.get_ylim() and "gamma on the line" in left.get_xlabel()
@@ -178,7 +188,7 @@ def test_importing_waits_for_no_library_and_pyplot_is_not_needed():
     code = """if True:
         import io, sys; from rtd import plots; import rtd.harness.datasets
         assert not {"matplotlib", "torchvision", "PIL", "sklearn"} & {*sys.modules}
-        row = dict(init="a", sparsity=0, rewind_epoch=0, test_accuracy=1)
-        plots.save(plots.imp([row], {"a": "student"}), io.BytesIO())
+        row = dict(init="a:student", sparsity=0, rewind_epoch=0, test_accuracy=1)
+        plots.save(plots.imp([row]), io.BytesIO())
         assert "matplotlib.pyplot" not in sys.modules """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -150,11 +150,10 @@ def load_starts(args, data):
 
 
 def say_starts(run, starts, data):
-    """Say what is trained from where; returns a title, and {spec: kind} for pictures."""
+    """Say what is trained from where; returns a picture's title."""
     title = f"{starts[0].architecture['encoder']} on {data.name}"
     images = f"{len(data.train)} training and {len(data.test)} test images"
     run.say(f"{title}: {images}; {describe(run.device, run.args.precision)}")
     for start in starts:
         run.say(f"{start.name}: {start.spec}")
-    title += f", seed {run.args.seed}"
-    return title, {start.spec: start.kind.partition(":")[0] for start in starts}
+    return f"{title}, seed {run.args.seed}"

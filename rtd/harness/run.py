@@ -83,7 +83,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
-        used = any(folder.glob("[!.]*"))
+        # a sweep takes up runs that were made one by one, as on several machines
+        used = any(not (path / "config.json").exists() for path in folder.glob("[!.]*"))
         if used and not (args.resume or args.overwrite):
             raise InputError(
                 f"--out {folder} holds a run already: --resume continues it, "

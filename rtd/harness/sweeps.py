@@ -1,4 +1,7 @@
-"""Several values of a flag: a run for each combination, in a folder of its own, and a summary."""
+"""Several values of a flag: a run for each combination, in a folder of its own, and a summary.
+
+The runs may also be made one by one, on several GPUs say; the sweep with --resume sums them up.
+"""
 
 import argparse
 import itertools
