@@ -2,8 +2,8 @@
 
 A network at random initialisation is frozen: the teacher. A student that starts next to it learns
 to reproduce its outputs, on images alone: no labels, no augmentation. Linear and k-NN probes then
-find the student's features much better than the teacher's. They get worse first: a dip in the
-first few hundred steps, up to 1,000, belongs to the method.
+find the student's features much better than the teacher's. They get worse first, for up to 1,000
+steps, or 6,000 with --no-weight-norm: that belongs to the method.
 
     python run_distill.py                                      # digits, nothing to download
     python run_distill.py --dataset cifar10 --data-dir data    # the paper's protocol, 100 epochs
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add = parser.group("start with these")
     cli.add_data_flags(add, datasets=DATASETS, star="* ")
     add("--encoder", ENCODERS, "vgg11", "* architecture; VGG11 ends higher, ResNet18 needs fewer epochs")
-    add("--epochs", non_negative_int, 100, "passes over the images; the student gets worse first, for up to 1,000 steps; 0 only probes the start")
+    add("--epochs", non_negative_int, 100, "passes over the images; the student gets worse first; 0 only probes the start")
     add("--out", Path, None, "folder of the run; runs/distill-<dataset>-<encoder> by default")
     add = cli.add_file_flags(parser)
     add("--probe-dataset", LABELLED, None, "data set of the probes; by default the one distilled on")
