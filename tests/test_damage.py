@@ -189,7 +189,7 @@ FOREIGN = {
     "no format": lambda path: helpers.change(path, lambda c: c.pop("format")),
     "older": lambda path: helpers.change(path, lambda c: c.update(format="rtd-checkpoint-2")),
     "newer": lambda path: helpers.change(path, lambda c: c.update(format="rtd-checkpoint-99")),
-    "code": lambda path: torch.save({"format": "rtd-checkpoint-4", "student": Payload()}, path),
+    "code": lambda path: torch.save({"format": "rtd-checkpoint-5", "student": Payload()}, path),
 }
 UNREADABLE = {
     "dangling": lambda path: path.symlink_to("nowhere.png"),
