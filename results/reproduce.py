@@ -209,6 +209,8 @@ def number(label, sources, scale):
         tables = {path: rows for path, rows in tables.items() if rows}
         if not tables:
             continue
+        begun = {path: rows for path, rows in tables.items() if rows[-1].get("epoch") != "0"}
+        tables = begun or tables  # a run without an epoch yet counts among its like alone
         first = next(iter(tables))
         run, row = folder / first.relative_to(folder).parts[0], tables[first][-1]
         final, best, epoch = [], [], ""

@@ -76,3 +76,11 @@ def test_a_row_runs_resumes_and_can_be_taken_over(clone):
     reproduce(clone, *row, "--collect", "runs/reproduce/fig10-toy")
     assert {log: log.read_text() for log in logs} == before
     assert (clone / PAGES[1]).read_text() == page
+    # runs that stopped at different epochs are compared at the last that all have
+    later = rows[0][-1] | {"epoch": "2", "student_linear": "0"}
+    logs[0].write_text(before[logs[0]] + ",".join(later.values()) + "\n")
+    reproduce(clone, "--page")
+    assert (clone / PAGES[1]).read_text() == page
+    logs[0].write_text("\n".join(before[logs[0]].splitlines()[:2]))  # one is only begun
+    reproduce(clone, "--page")
+    assert f"| 16 outputs |  | {last[1]:.1f} |" in (clone / PAGES[1]).read_text()
