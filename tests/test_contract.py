@@ -150,6 +150,9 @@ def test_a_finished_run_of_a_sweep_is_not_begun_again(finished, tmp_path):
     assert runs_differ(case, finished["sweep"], folder) == ""
     for path in filter(Path.is_file, folder.iterdir()):
         path.unlink()  # as if each run had been made by itself
+    before = snapshot(folder)
+    assert one_sentence(start("distill", flags, "--out", folder).wait(), "--resume") == ""
+    assert snapshot(folder) == before
     resume(case, flags, folder)
     assert runs_differ(case, finished["sweep"], folder) == ""
 

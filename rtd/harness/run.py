@@ -83,14 +83,15 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
-        # a sweep takes up runs that were made one by one, as on several machines
-        used = any(not (path / "config.json").exists() for path in folder.glob("[!.]*"))
-        if used and not (args.resume or args.overwrite):
+        inside = list(folder.glob("[!.]*"))
+        if inside and not (args.resume or args.overwrite):
             raise InputError(
                 f"--out {folder} holds a run already: --resume continues it, "
                 "--overwrite starts again"
             )
-        continued = used and args.resume
+        # a sweep takes up runs that were made one by one, as on several machines
+        begun = any(not (path / "config.json").exists() for path in inside)
+        continued = begun and args.resume
         if continued and not config.exists():
             raise InputError(
                 f"--resume: {folder} holds files but no config.json; give another --out"
