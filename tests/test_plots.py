@@ -168,6 +168,7 @@ def test_planes_show_kl_and_the_probes_there_are_with_the_networks_named():
     for cut in {"ys": (0,)}, {"xs": (1,)}, {"xs": (0,), "ys": (0,)}:  # curves
         kl, knn = plots.landscapes([panel(**cut)]).axes
         assert kl.get_xlabel() == ("y" if "xs" in cut else "x")
+        assert kl.get_ylabel() == "KL, nats"  # the panel's loss
         assert knn.lines[0].get_ydata().tolist() == [row["knn"] for row in panel(**cut)["rows"]]
 
 
