@@ -26,25 +26,14 @@ STYLE = {
 }
 BLUE, RED, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 KINDS = {"student": BLUE, "random": RED, "student-init": PINK, "teacher": GREEN}
-LOOKS = (
-    {"linestyle": "-", "marker": "o"},
-    {"linestyle": "--", "marker": "s"},
-    {"linestyle": ":", "marker": "^"},
-    {"linestyle": "-.", "marker": "D"},
-)
-FEATURES = {
-    "student": {"color": BLUE},
-    "teacher": {"color": RED},
-    "input pixels": {"color": GREY},
-}
+MARKERS = {"-": "o", "--": "s", ":": "^", "-.": "D"}
+LOOKS = [{"linestyle": style, "marker": marker} for style, marker in MARKERS.items()]
+FEATURES = {"student": {"color": BLUE}, "teacher": {"color": RED}, "input pixels": {"color": GREY}}
 PARTS = {"encoder": {"color": BLUE}, "head": {"color": GREEN}}
 PROBE_TITLES = {"linear": "linear probe", "knn": "k-NN probe"}
 ACCURACY = "test accuracy (%)"
 LABELS = {"kl": "KL(teacher || student), nats", "distance": "distance from the start"}
 KL = {"kl": "distillation loss"}
-MAP_LABELS = {"train_kl": "train KL, nats"} | {
-    p: f"{name},\n{ACCURACY}" for p, name in PROBE_TITLES.items()
-}
 
 
 @contextlib.contextmanager
@@ -187,33 +176,28 @@ def _sweep(names, groups, title, times, ends, parts):
     places = dict(zip(values, values if numbers else range(len(values)), strict=True))
     colors = colormaps["viridis_r"](np.linspace(0.1, 1, len(values)))  # as in Fig. 3
     colors = dict(zip(values, colors, strict=True))
-    looks = {}  # values of the other flags -> look
-    for key in groups:
-        looks.setdefault(key[:-1], LOOKS[len(looks) % len(LOOKS)])
-    legend = {
-        "\n".join(f"{n} = {_text(v)}" for n, v in zip(others, key, strict=True)): look
-        | {"color": GREY}
-        for key, look in looks.items()
-        if key
-    }
+    settings = dict.fromkeys(key[:-1] for key in groups)  # values of the other flags
+    looks = dict(zip(settings, itertools.cycle(LOOKS), strict=False))
     figure, axes = _figure(len(times) + len(ends), title)
     lines = [(logs, looks[k[:-1]] | {"color": colors[k[-1]]}) for k, logs in groups.items()]
     for axis, panel in zip(axes, times.items(), strict=False):
         _over_time(axis, lines, *panel)
-    seen = {f"{last} = {_text(value)}": {"color": color} for value, color in colors.items()}
-    _legend(figure, seen | legend, max(map(len, groups.values())), "upper")
+    legend = {f"{last} = {_text(value)}": {"color": color} for value, color in colors.items()}
+    for setting, look in looks.items() if others else ():
+        words = [f"{name} = {_text(v)}" for name, v in zip(others, setting, strict=True)]
+        legend["\n".join(words)] = look | {"color": GREY}
+    _legend(figure, legend, max(map(len, groups.values())), "upper")
     bare = {} if numbers else {"linestyle": ""}  # no line joins categories
     labels = [_text(value) for value in values]
     slanted = {"rotation": 30, "ha": "right"} if len("".join(labels)) > 30 else {}
     for axis, (heading, columns) in zip(axes[len(times) :], ends.items(), strict=True):
-        for (name, color), (series, look) in itertools.product(parts.items(), looks.items()):
-            column = columns.format(name.split()[0])
-            found = {
-                places[key[-1]]: [best_and_final(log, column)[1] for log in logs]
-                for key, logs in groups.items()
-                if key[:-1] == series
-            }
-            _line(axis, found, **look | color | bare)
+        for part, color in parts.items():
+            column, found = columns.format(part.split()[0]), {}
+            for (*setting, value), logs in groups.items():
+                final = [best_and_final(log, column)[1] for log in logs]
+                found.setdefault(tuple(setting), {})[places[value]] = final
+            for setting, samples in found.items():
+                _line(axis, samples, **looks[setting] | color | bare)
         if numbers and last != "alpha":  # sizes and learning rates vary by factors
             axis.set_xscale("log")
         axis.minorticks_off()
@@ -319,9 +303,8 @@ def _map(axis, xs, ys, grid, norms, networks, label, true):
     look, extend = {"cmap": "cividis"}, "neither"
     if "KL" in label:  # from a low percentile: the basin shows, however little its middle has
         high = np.nanmax(grid, initial=1e-12)
-        grid = np.maximum(grid, 1e-6 * high)
-        norm = LogNorm(min(np.nanpercentile(grid, 1), high / 2), high)
-        look, extend = {"cmap": "viridis", "norm": norm}, "min"
+        low = np.clip(np.nanpercentile(grid, 1), 1e-6 * high, high / 2)
+        look, extend = {"cmap": "viridis", "norm": LogNorm(low, high, clip=True)}, "min"
     image = axis.pcolormesh(xs, ys, grid, **look)
     axis.figure.colorbar(image, ax=axis, label=label, extend=extend)
     axis.clabel(axis.contour(xs, ys, norms, 5, colors="white", linewidths=0.6), fontsize=7)
@@ -359,7 +342,8 @@ def landscapes(panels):
     if not all(panel["rows"] for panel in panels):
         raise InputError("no picture is drawn: a landscape has no points yet")
     rows = [row for panel in panels for row in panel["rows"]]
-    shown = [name for name in MAP_LABELS if any(row[name] is not None for row in rows)]
+    labels = {"train_kl": ""} | {p: f"{name},\n{ACCURACY}" for p, name in PROBE_TITLES.items()}
+    shown = [name for name in labels if any(row[name] is not None for row in rows)]
     titles = list(dict.fromkeys(panel["title"] for panel in panels))
     title = titles[0] if len(titles) == 1 else None
     figure, grid_of_axes = _figure(len(shown), title, len(panels), 4, "compressed")
@@ -376,7 +360,7 @@ def landscapes(panels):
                 networks[row["x"], row["y"]] = f"${name}$"
         axes[0].set_title("" if title else panel["title"].replace(", ", ",\n"))
         for axis, name, grid in zip(axes, shown, grids, strict=False):
-            label = MAP_LABELS[name].replace("train KL", panel["loss"])
+            label = labels[name] or f"{panel['loss']}, nats"
             if 1 in grid.shape:
                 _cut(axis, xs, ys, grid, networks, label)
             elif np.isfinite(grid).any():
