@@ -54,92 +54,81 @@ def parse_args(argv=None):
     cli.add_output_flags(parser)
     # fmt: on
     args = cli.parse(parser, argv, "init", "rewind_epoch")
-    last = max(args.rewind_epoch)
-    if last >= args.epochs:
-        parser.error(
-            f"--rewind-epoch {last}: training has {args.epochs} epochs; rewind to an earlier one"
-        )
+    if (last := max(args.rewind_epoch)) >= args.epochs:
+        parser.error(f"--rewind-epoch {last}: give one before the end, --epochs {args.epochs}")
     return args
 
 
 class Chain(NamedTuple):
-    """One curve of Fig. 8. name: of its files. control: None, or "shuffle" for masks that are."""
+    """One curve of Fig. 8. control: None, or "shuffle" for one whose masks are shuffled."""
 
     start: Start
     rewind_epoch: int
-    name: str
     control: str | None = None
 
+    @property
+    def file(self):
+        name = f"chains/{self.start.name}-rewind{self.rewind_epoch}"
+        return f"{name}-{self.control}" if self.control else name
+
     def __str__(self):
-        control = f", {self.control}" if self.control else ""
-        return f"{self.start.kind}, rewind {self.rewind_epoch}{control}"
+        words = f"{self.start.kind}, rewind {self.rewind_epoch}"
+        return f"{words}, {self.control}" if self.control else words
 
 
 def main(args, device, world):
     data = cli.load_data(args, world)
     starts = load_starts(args, data)
-    check_rounds(args, starts[0].architecture, data.num_classes)
+    classifier = empty_classifier(starts[0].architecture, data.num_classes)
+    weights = pruning.prunable(classifier, args.prune).values()
+    total = sum(weight.numel() for weight in weights)
+    if pruning.kept_after(total, args.prune_fraction, args.rounds) < 1:
+        raise InputError(f"--rounds {args.rounds} leave none of {total} weights; choose fewer")
     run = Run(args, device, world, PRODUCTS, ("rounds", "control"), fingerprints(data), args.init)
     title = say_starts(run, starts, data)
     data = data.to(device)
-    chains = [
-        Chain(start, epoch, f"chains/{start.name}-rewind{epoch}")
-        for start, epoch in itertools.product(starts, args.rewind_epoch)
-    ]
-    units = [[chain] for chain in chains]  # what one process does one after the other
-    if args.control == "shuffle":
-        units = [[c, c._replace(name=f"{c.name}-shuffle", control="shuffle")] for c in chains]
-    tables = [f"{chain.name}{control}.csv" for control in ("", "-shuffle") for chain in chains]
+    chains = [Chain(*pair) for pair in itertools.product(starts, args.rewind_epoch)]
+    controls = [chain._replace(control="shuffle") for chain in chains]
+    tables = [f"{chain.file}.csv" for chain in chains + controls]
+    groups = [chains, controls] if args.control == "shuffle" else [chains]
+    units = list(zip(*groups, strict=True))  # what one process does one after the other
 
     def do(unit, run):
         for chain in unit:
-            for row in run_chain(chain, data, run):
-                accuracies = f"{row['test_accuracy']:9.2f} {row['test_accuracy_best']:7.2f}"
-                left = f"{row['round']:5d} {1 - row['sparsity']:10.2%}"
-                run.say(f"{left} {accuracies} {row['seconds']:8.1f}  {chain}")
+            for _ in run_chain(chain, data, run):  # after each round
                 run.concatenate("imp.csv", COLUMNS, tables)
 
     def finish(diverged):
         if rows := run.concatenate("imp.csv", COLUMNS, tables):
             run.draw("imp", plots.imp, rows, title)
 
-    run.say("round  remaining  accuracy    best  seconds  start, rewind epoch")
     run.for_each(units, do, "chain", finish)
 
 
-def check_rounds(args, architecture, num_classes):
-    """Refuse, before anything is computed, to prune more than there is."""
-    weights = pruning.prunable(empty_classifier(architecture, num_classes), args.prune)
-    total = sum(weight.numel() for weight in weights.values())
-    if pruning.kept_after(total, args.prune_fraction, args.rounds) < 1:
-        raise InputError(
-            f"--rounds {args.rounds}: nothing would be left of {total} weights; choose fewer"
-        )
-
-
 def run_chain(chain, data, run):
-    """Train, prune, rewind, train again. Yields the row of each round."""
-    args, table = run.args, f"{chain.name}.csv"
+    """Train, prune, rewind, train again. Yields after each round."""
+    args, table = run.args, f"{chain.file}.csv"
     training = SupervisedTraining(chain.start, data, (args.seed,), run, str(chain))
     weights = pruning.prunable(training.classifier, args.prune)
     masks, rewind = pruning.dense_masks(weights), None
     total = pruning.remaining(masks)
     rows, kept = [], []  # of each round; kept: how many weights of each layer
-    saved, own = load_chain(chain, run)
+    saved = run.load(f"{chain.file}.pt", None if chain.control else table)
+    if chain.control:  # the first round, and how many weights are kept, are those of its chain
+        pruned = run.load(f"{chain._replace(control=None).file}.pt")
+        first = pruned | {"rows": [pruned["rows"][0] | {"control": chain.control}]}
+        saved = (saved or first) | {"kept": pruned["kept"]}
     if saved:
         rows, rewind, masks, kept = (saved[k] for k in ("rows", "rewind", "masks", "kept"))
         training.load_state(saved["training"])
-        if len(rows) > args.rounds + 1:
-            done = f"{chain.name} has run {len(rows) - 1}"
-            raise InputError(f"--rounds {args.rounds}: {done} already")
-        if own:
-            done = len(training.accuracies)
-            run.say(f"{chain}: goes on in round {len(rows)} after epoch {done}")
+        if (done := len(rows) - 1) > args.rounds:
+            raise InputError(f"--rounds {args.rounds}: {chain.file} has run {done} already")
+        run.say(f"{chain}: goes on after {len(rows)} rounds")
         run.table(table, COLUMNS, rows)
 
     def save():
         state = {"rows": rows, "rewind": rewind, "masks": masks, "kept": kept}
-        run.save(f"{chain.name}.pt", state | {"training": training.state()})
+        run.save(f"{chain.file}.pt", state | {"training": training.state()})
 
     for round_ in range(len(rows), args.rounds + 1):
         if len(training.accuracies) == args.epochs:  # the round before is over
@@ -152,8 +141,7 @@ def run_chain(chain, data, run):
                 left = pruning.kept_after(total, args.prune_fraction, round_)
                 masks = pruning.prune_smallest(masks, weights, pruning.remaining(masks) - left)
             training.load_state(rewind)
-        if round_:
-            # after every step of the optimizer, what the mask prunes becomes 0 again
+        if round_:  # what the mask prunes becomes 0 again after every step of the optimizer
             training.loss.after_step = pruning.Masking(weights, masks)
             training.loss.after_step()
         for done in training.epochs(save):
@@ -168,23 +156,10 @@ def run_chain(chain, data, run):
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 if not chain.control:
                     kept.append({name: int(mask.sum()) for name, mask in masks.items()})
+                words = f"{left / total:.1%} of the weights, test accuracy {new[-1]:.2f} %"
+                run.say(f"{chain}, round {round_}: {words} (best {max(new):.2f} %)")
         run.table(table, COLUMNS, rows)
-        yield rows[-1]
-
-
-def load_chain(chain, run):
-    """(the state from which a chain goes on, or None; whether it is its own).
-
-    A control shares the first round, and how many weights of a layer a round leaves, with the chain
-    that is pruned.
-    """
-    # its first table is written before its first state
-    own = run.load(f"{chain.name}.pt", None if chain.control else f"{chain.name}.csv")
-    if not chain.control:
-        return own, own
-    pruned = run.load(f"{chain.name.removesuffix('-shuffle')}.pt")
-    first = {"rows": [pruned["rows"][0] | {"control": chain.control}]}
-    return (own or pruned | first) | {"kept": pruned["kept"]}, own
+        yield
 
 
 def shuffled(kept, weights, seed, round_):

@@ -68,18 +68,17 @@ def parse_args(argv=None):
     # fmt: on
     args = cli.parse(parser, argv, "init")
     args.bn_statistics = [name for name in BATCH_NORM if name in args.bn_statistics]
-    for flag, value in (("--runs", args.runs), ("--points", args.points)):
-        if value < 2:
-            parser.error(f"{flag} {value}: a line has two ends; give at least 2")
+    for flag in "runs", "points":
+        if getattr(args, flag) == 1:
+            parser.error(f"--{flag} 1: a line has two ends; give at least 2")
     return args
 
 
 def main(args, device, world):
     data = cli.load_data(args, world)
     if (args.line_subset or 0) > len(data.train):
-        raise InputError(
-            f"--line-subset {args.line_subset}: there are {len(data.train)} training images"
-        )
+        n = len(data.train)
+        raise InputError(f"--line-subset {args.line_subset}: there are {n} training images")
     starts = load_starts(args, data)
     run = Run(args, device, world, PRODUCTS, (*LINES, "runs"), fingerprints(data), args.init)
     title = say_starts(run, starts, data)
@@ -90,23 +89,18 @@ def main(args, device, world):
     run.for_each(ends, lambda end, run: train(*end, data, run), "training run")
 
     # Walk from each result to each other one of the same start.
-    pairs = list(itertools.combinations(range(args.runs), 2))
-    lines = [(start, *pair) for start in starts for pair in pairs]
+    pairs = itertools.combinations(range(args.runs), 2)
+    lines = [(start, *pair) for start, pair in itertools.product(starts, pairs)]
     tables = [f"lines/{start.name}-{a}-{b}.csv" for start, a, b in lines]
-    modules = empty_classifier(starts[0].architecture, data.num_classes).modules()
-    if not any(isinstance(module, torch.nn.BatchNorm2d) for module in modules):
+    if not any(name.endswith("running_mean") for name in starts[0].state):
         args.bn_statistics = ["none"]  # without batch norm
-
-    def do(line, run):
-        walk(*line, data, run)
-        run.concatenate("lmc.csv", COLUMNS, tables)
 
     def finish(diverged):
         rows = run.concatenate("lmc.csv", COLUMNS, tables)
-        summarize(run, rows, {start.spec: start.kind for start in starts})
+        summarize(run, rows)
         run.draw("lmc", plots.lmc, rows, title)
 
-    run.for_each(lines, do, "line", finish)
+    run.for_each(lines, lambda line, run: walk(*line, data, run), "line", finish)
 
 
 def train(start, number, data, run):
@@ -132,32 +126,27 @@ def walk(start, a, b, data, run):
     """Errors and losses between runs ``a`` and ``b`` of a start at all gamma."""
     args, file = run.args, f"lines/{start.name}-{a}-{b}"
     data = data.with_normalization(start.source)
-    saved = [run.load(f"runs/{start.name}-run{n}.pt", kind=SUPERVISED) for n in (a, b)]
+    ends = [run.load(f"runs/{start.name}-run{n}.pt", kind=SUPERVISED) for n in (a, b)]
     settings = {flag: getattr(args, flag) for flag in LINES}
-    settings["ends"] = [end["checksum"] for end in saved]
-    line = run.load(f"{file}.pt")
+    settings["ends"] = [end["checksum"] for end in ends]
+    line = run.load(f"{file}.pt")  # where its flags or its ends changed, it is walked anew
     rows = line["rows"] if line and line["settings"] == settings else []
-    if line and not rows:
-        run.say(f"{start.name}: line {a}-{b} is walked anew, as its flags or its ends changed")
 
     network = materialize(empty_classifier(start.architecture, data.num_classes)).to(run.device)
-    ends = [
-        {name: tensor.to(run.device) for name, tensor in end["training"]["classifier"].items()}
-        for end in saved
-    ]
+    states = [end["training"]["classifier"] for end in ends]
+    states = [{name: x.to(run.device) for name, x in state.items()} for state in states]
     train = take(data.train, args.line_subset or min(10_000, len(data.train)), "line")
-    splits = {"train": train, "test": data.test}
     images = batch_norm_images(data.train.images, args.bn_batches, args.batch_size)
     gammas = torch.linspace(0, 1, args.points, dtype=torch.float64).tolist()
     points = list(itertools.product(args.bn_statistics, gammas))[len(rows) :]
     for bn, gamma in progress(points, f"{start.kind}, line {a}-{b}", "points"):
-        network.load_state_dict(interpolate(*ends, gamma))
+        network.load_state_dict(interpolate(*states, gamma))
         if bn == "recompute":
+            batches = (normalize(x, data.mean, data.std) for x in images.split(args.batch_size))
             with autocast(run.device, args.precision):
-                batches = images.split(args.batch_size)
-                recompute_batch_norm_(network, (normalize(x, data.mean, data.std) for x in batches))
+                recompute_batch_norm_(network, batches)
         row = dict(zip(COLUMNS, (start.spec, a, b, gamma, bn), strict=False))
-        for name, split in splits.items():
+        for name, split in (("train", train), ("test", data.test)):
             accuracy, loss = evaluate(network, split, data, args.precision, run.world)
             row |= {f"{name}_error": 100 - accuracy, f"{name}_loss": loss}
         rows.append(row)
@@ -172,8 +161,8 @@ def batch_norm_images(images, batches, batch_size):
     return images[order[:count].to(images.device)]
 
 
-def summarize(run, rows, kinds):
-    """Write and say the barrier of each pair, and mean and deviation over those of a start."""
+def summarize(run, rows):
+    """Write the barrier of each pair, and say mean and deviation over those of a start."""
     barriers, summary = {}, []
     for (init, i, j, bn), line in itertools.groupby(rows, itemgetter("init", "i", "j", "bn")):
         errors = zip(*map(itemgetter("train_error", "test_error"), line), strict=True)
@@ -184,10 +173,8 @@ def summarize(run, rows, kinds):
         cells = [("pair", *pair) for pair in pairs]
         cells += [("mean", None, None, *means), ("std", None, None, *stds)]
         summary += [dict(zip(BARRIERS, (init, bn, *values), strict=True)) for values in cells]
-        run.say(
-            f"{kinds[init]}, statistics {bn}: test error barrier {plus_minus(found[1])} points, "
-            f"n = {len(pairs)}"
-        )
+        barrier = f"test error barrier {plus_minus(found[1])} points, n = {len(pairs)}"
+        run.say(f"{init}, statistics {bn}: {barrier}")
     run.table("barriers.csv", BARRIERS, summary)
 
 
