@@ -17,7 +17,6 @@ summed up in summary.csv and two pictures.
 
 import argparse
 import copy
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -48,12 +47,10 @@ from rtd.models import ENCODERS, NORMS, build_network, parameter_count, random_n
 from rtd.plots import PROBE_TITLES, best_and_final, curves
 from rtd.probes import PROBES
 
-PROBED = tuple(sweeps.probe_columns(PROBES))
-COLUMNS = ("epoch", "step", *LastLayerLoss._fields, *sweeps.DISTANCES, *PROBED)
-COLUMNS += ("images_per_second", "seconds")
+COLUMNS = ("epoch", "step", *LastLayerLoss._fields, *sweeps.DISTANCES)
+COLUMNS += (*sweeps.probe_columns(PROBES), "images_per_second", "seconds")
 PRODUCTS = ("log.csv", "checkpoint.pt", "best.pt", "curves.*")
 NO_WEIGHT_NORM = "-/lb/fn/-/l/-"
-SAVED = ("rows", "baselines", "seconds", "best")  # attributes of Record that --resume restores
 
 
 def parse_args(argv=None):
@@ -133,7 +130,7 @@ def distill(args, device, world):
     # Teacher: a random network. Student: theta_S(alpha), next to it.
     model = model_of(args)
     teacher, source = make_teacher(args.teacher, model, args.seed)
-    data = data.with_normalization(source) if source else data
+    data = data.with_normalization(source or source_of(data))
     probed = probed.with_normalization(source_of(data))
     student = random_network(random_stream(args.seed, "student-init"), **model)
     init_student_(student, teacher, args.alpha)
@@ -145,10 +142,12 @@ def distill(args, device, world):
     run.args = args = count_epochs(args, len(data.train))  # only now: Run compares flags as given
     teacher.to(device), student.to(device)
     about = {"model": model, "data": source_of(data), "student_init": student_init}
-    record = Record(run, about | {"student": student.state_dict(), "teacher": teacher.state_dict()})
-    if record.saved:
-        student.load_state_dict(record.saved["student"])
-        teacher.load_state_dict(record.saved["teacher"])  # with --ema it has moved
+    about |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
+    saved = run.load("checkpoint.pt", "log.csv", "checkpoint")
+    if saved:
+        student.load_state_dict(saved["student"])
+        teacher.load_state_dict(saved["teacher"])  # with --ema it has moved
+    record = Record(run, about, saved)
     if len(record.rows) > args.epochs:
         run.say("all epochs are done")
         return world.in_main(record.report)
@@ -157,107 +156,102 @@ def distill(args, device, world):
     same, data = probed.train is data.train, data.to(device)
     probed = data if same else probed.to(device)  # not twice in a GPU's memory
 
-    # What the student is to beat, and what it is to reproduce.
-    def judge_as(prefix, encoder):
-        found = judge(encoder, probed, args, world)
-        return {f"{prefix}_{probe}": accuracy for probe, accuracy in found.items()}
-
-    if args.probe and not record.rows:
-        cli.note_steps(args, probed, world)
-        run.say("probing the teacher and the pixels")
-        record.baselines = judge_as("input", None)
-        if not args.ema:  # a teacher that moves is probed like the student
-            record.baselines |= judge_as("teacher", teacher.encoder)
-    target = MovingTeacher(teacher, args.ema, args.teacher_temperature) if args.ema else None
-    target = target or cache_teacher(teacher, data, run)
     options = args.loss, args.student_temperature, args.beta, args.compile
-    distiller = Distiller(student, target, data, *options)
+    distiller = Distiller(student, make_target(teacher, data, run), data, *options)
     optimizer = adamw(student, args.lr, args.weight_decay, args.bias_decay)
     training = Training(distiller, optimizer, data, (args.seed,), run, args.out.name)
-    record.follow(training)
+    record.training = training
+    if saved:
+        training.load_state(saved["progress"]["training"])
+        run.say(f"resumed after step {training.step}")
+    else:
+        cli.note_steps(args, probed, world)
 
     for epoch in range(len(record.rows), args.epochs + 1):
         means = training.run_epoch(epoch, record.save) if epoch else training.start(evaluate_start)
         row = dict(zip(LastLayerLoss._fields, means, strict=True)) | distance(student, student_init)
+        encoders = {"student": student.encoder}
+        if epoch == 0:  # what the student is to beat
+            encoders |= {"input": None, "teacher": teacher.encoder}
+        elif args.ema:
+            encoders["teacher"] = teacher.encoder
         if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
-            row |= judge_as("student", student.encoder)
-            if args.ema:
-                row |= judge_as("teacher", teacher.encoder)
+            for name, encoder in encoders.items():
+                found = judge(encoder, probed, args, world)
+                row |= {f"{name}_{probe}": accuracy for probe, accuracy in found.items()}
         record.add(row)
     world.in_main(record.report)
 
 
-def cache_teacher(teacher, data, run):
-    """The ``FrozenTeacher``: images are not augmented, so its answer to an image never changes."""
+def make_target(teacher, data, run):
+    """What the student is to reproduce: a ``MovingTeacher`` with --ema, else a ``FrozenTeacher``."""
+    if run.args.ema:
+        return MovingTeacher(teacher, run.args.ema, run.args.teacher_temperature)
     run.say(f"asking the teacher about {len(data.train)} images")
     shown = partial(progress, description="asking the teacher", unit="batches")
     about = teacher, data.mean, data.std, run.args.teacher_temperature
     answer = partial(teacher_answers, *about, progress=shown)
+    # once: images are not augmented, so its answer to an image never changes
     return FrozenTeacher(teacher, run.world.map_rows(answer, data.train.images))
 
 
 def count_epochs(args, images):
     """The flags with epochs of --epochs-of images turned into epochs of the data set."""
-    counted = vars(args).copy()
-    for name in ("epochs", "probe_every", "save_every") if args.epochs_of else ():
-        if counted[name]:
-            counted[name] = max(1, counted[name] * args.epochs_of // images)
-    return argparse.Namespace(**counted)
+    flags = vars(args).copy()
+    for name in ("epochs", "probe_every", "save_every"):
+        if args.epochs_of and flags[name]:
+            flags[name] = max(1, flags[name] * args.epochs_of // images)
+    return argparse.Namespace(**flags)
 
 
 class Record:
-    """What a run has found so far, rows of log.csv and the best student, and how it is saved."""
+    """The rows of log.csv and the best student so far, and how they are saved.
 
-    def __init__(self, run, networks):
-        """networks: state dicts whose tensors are the networks' own, so that they follow training."""
+    training: the ``Training`` that is saved with them, to be set before the first row is added.
+    """
+
+    def __init__(self, run, networks, saved):
+        """networks: state dicts whose tensors are the networks' own, so that they follow training.
+
+        saved: the checkpoint from which the run goes on, or None.
+        """
         self.run, self.args, self.networks = run, run.args, networks | {"config": run.config}
-        self.rows, self.baselines, self.seconds = [], {}, 0.0
-        self.best, self.best_contents = -math.inf, None  # the latter until it is saved
-        self.began = time.perf_counter()
-        self.saved = run.load("checkpoint.pt", "log.csv", "checkpoint")
-        if self.saved:
-            vars(self).update({name: self.saved["progress"][name] for name in SAVED})
+        progress = saved["progress"] if saved else {"rows": [], "best": -1, "seconds": 0}
+        self.rows, self.best, self.best_contents = progress["rows"], progress["best"], None
+        self.began = time.perf_counter() - progress["seconds"]
         done, epochs = len(self.rows) - 1, self.args.epochs
         if done > epochs:
             raise InputError(f"--epochs {epochs}: {run.folder} has run {done} already")
-        if self.rows:
+        if saved:
             run.table("log.csv", COLUMNS, self.rows)
-        if self.best > -math.inf and not (run.folder / "best.pt").exists():
+        if self.best >= 0 and not (run.folder / "best.pt").exists():
             run.say("note: best.pt is missing; only a better epoch to come will write it again")
-
-    def follow(self, training):
-        """Take the ``Training`` that is to be saved; say where the run goes on."""
-        self.training = training
-        if self.saved:
-            training.load_state(self.saved["progress"]["training"])
-            self.run.say(f"resumed after step {training.step}")
 
     def add(self, row):
         """Log the row of an epoch; keep the best student; save where it is due."""
         epoch, epochs, training = len(self.rows), self.args.epochs, self.training
-        row = dict.fromkeys(COLUMNS) | self.baselines | row
-        row |= {"epoch": epoch, "step": training.step, "seconds": self.elapsed()}
-        row["images_per_second"] = speed = training.images_per_second
+        constant = "input_" if self.args.ema else ("input_", "teacher_")  # what is probed once
+        before = {k: x for k, x in self.rows[0].items() if k.startswith(constant)} if epoch else {}
+        row = dict.fromkeys(COLUMNS) | before | row
+        row |= {"epoch": epoch, "step": training.step, "seconds": self.seconds()}
+        row["images_per_second"] = training.images_per_second
         self.rows.append(row)
         found = {p: x for p in self.args.probe if (x := row[f"student_{p}"]) is not None}
-        first = next(iter(found.values()), -math.inf)  # of the probes, it decides what is best
+        first = next(iter(found.values()), -1)  # of the probes, it decides what is best
         if epoch and first > self.best:
             self.best, self.best_contents = first, copy.deepcopy(self.contents())
         if self.run.save_is_due(epoch, epochs):
             self.save()
         self.run.table("log.csv", COLUMNS, self.rows)
-        more = "".join(
-            f", {PROBE_TITLES[probe]} {accuracy:.2f} %" for probe, accuracy in found.items()
-        )
-        more += f", {speed:.0f} img/s" if epoch else ""
-        self.run.say(
-            f"epoch {epoch}/{epochs}: loss {row['loss']:.5f}, KL {row['kl']:.2e}, "
-            f"distance {row['distance_total']:.2f}{more}, {row['seconds']:.0f} s in all"
-        )
+        words = [f"loss {row['loss']:.5f}", f"KL {row['kl']:.2e}"]
+        words += [f"distance {row['distance_total']:.2f}"]
+        words += [f"{PROBE_TITLES[probe]} {accuracy:.2f} %" for probe, accuracy in found.items()]
+        words += [f"{training.images_per_second:.0f} img/s"] if epoch else []
+        self.run.say(f"epoch {epoch}/{epochs}: {', '.join(words)}, {row['seconds']:.0f} s in all")
 
-    def elapsed(self):
+    def seconds(self):
         """Seconds of all sessions of this run."""
-        return self.seconds + time.perf_counter() - self.began
+        return time.perf_counter() - self.began
 
     def contents(self):
         """The networks as they are and how far training went: what every checkpoint holds."""
@@ -268,7 +262,7 @@ class Record:
         if self.best_contents:
             self.run.save("best.pt", self.best_contents, "checkpoint")
             self.best_contents = None
-        progress = {name: getattr(self, name) for name in SAVED} | {"seconds": self.elapsed()}
+        progress = {"rows": self.rows, "best": self.best, "seconds": self.seconds()}
         progress["training"] = self.training.state()
         self.run.save("checkpoint.pt", self.contents() | {"progress": progress}, "checkpoint")
 
