@@ -14,6 +14,8 @@ lie) and landscape.png.
 
 from pathlib import Path
 
+import numpy as np
+
 from rtd import plots
 from rtd.errors import InputError
 from rtd.harness import cli, files, probing
@@ -67,10 +69,8 @@ def parse_args(argv=None):
         if given := getattr(args, f"{axis}_range"):
             low, high, n = given
             if not (-1e9 < low <= high < 1e9 and n in range(1, 10_001) and (low < high or n == 1)):
-                parser.error(
-                    f"--{axis}-range {low:g} {high:g} {n:g}: give the smaller end, the larger one "
-                    "and how many points, such as -1 2 25"
-                )
+                what = f"--{axis}-range {low:g} {high:g} {n:g}"
+                parser.error(f"{what}: give smaller end, larger end and number, such as -1 2 25")
             setattr(args, f"{axis}_range", [low + 0.0, high, int(n)])  # a CSV has no -0
     if args.origin is None and args.x_axis:
         args.origin = f"{path_of(args.x_axis) or args.x_axis}:teacher"
@@ -85,9 +85,7 @@ def main(args, device, world):
     source = origin["data"]
     args.dataset, args.encoder = args.dataset or source["name"], origin["model"]["encoder"]
     if args.dataset != source["name"]:
-        raise InputError(
-            f"--dataset {args.dataset}: {args.origin} was distilled on {source['name']}; give that"
-        )
+        raise InputError(f"--dataset {args.dataset}: the networks learned from {source['name']}")
     data = cli.load_data(args, world).with_normalization(source)
     cli.check_k(args, data)
     check_image_size(f"--origin {args.origin}", origin["model"], data)
@@ -99,10 +97,8 @@ def main(args, device, world):
     except ValueError as error:
         raise InputError(f"--origin, --x-axis, --y-axis: {error}") from error
     run = Run(args, device, world, PRODUCTS, (), fingerprints(data), specs.values())
-    run.say(
-        f"{data.name}: {len(data.train)} training and {len(data.test)} test images; "
-        f"{describe(device, args.precision)}"
-    )
+    images = f"{len(data.train)} training and {len(data.test)} test images"
+    run.say(f"{data.name}: {images}; {describe(device, args.precision)}")
     cli.note_steps(args, data, world, PROBE_BATCH)
     data, grid, done = data.to(device), make_grid(args, plane), load_points(run)
     landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)
@@ -142,18 +138,15 @@ def load_networks(specs):
     loaded = [load_spec(flag, spec) for flag, spec in specs.items()]
     origin = loaded[0][0]
     for (contents, _), (flag, spec) in zip(loaded, specs.items(), strict=True):
-        odd = None
-        if contents["model"] != origin["model"]:
-            both = zip(origin["model"].items(), contents["model"].values(), strict=True)
-            odd = [f"{name} {a}, {b}" for (name, a), b in both if a != b]
-            odd = f"are of different architectures ({'; '.join(odd)})"
-        elif any(contents["data"][key] != origin["data"][key] for key in ("mean", "std")):
-            odd = "were distilled on differently normalised images"
-        elif files.checksum(contents["teacher"]) != files.checksum(origin["teacher"]):
-            odd = "have different teachers, so the loss would not be that of both; "
-            odd += "distil with the same --seed"
+        odd = [f"{k} {x}" for k, x in origin["model"].items() if contents["model"][k] != x]
         if odd:
-            raise InputError(f"--origin {specs['--origin']} and {flag} {spec} {odd}")
+            odd = f"architectures: only the first has {', '.join(odd)}"
+        elif any(contents["data"][key] != origin["data"][key] for key in ("mean", "std")):
+            odd = "images: they are normalised differently"
+        elif files.checksum(contents["teacher"]) != files.checksum(origin["teacher"]):
+            odd = "teachers; distil with the same --seed"
+        if odd:
+            raise InputError(f"--origin {specs['--origin']} and {flag} {spec} have different {odd}")
     states = [contents[which.replace("-", "_")] for contents, which in loaded]
     return origin, states, [label(*network) for network in loaded]
 
@@ -162,20 +155,17 @@ def label(contents, which):
     """A network's name in the paper: theta_T, theta_S(alpha) before, theta*_S(alpha) after."""
     if which == "teacher":
         return TEACHER
-    alpha = contents["config"]["flags"]["alpha"]
-    shown = 0 if alpha < 1e-6 else alpha  # 1e-10 is 0, as the paper writes it
-    return f"{'theta*_S' if which == 'student' else 'theta_S'}({shown:g})"
+    alpha = round(contents["config"]["flags"]["alpha"], 6)  # 1e-10 is 0, as the paper writes it
+    return f"{'theta*_S' if which == 'student' else 'theta_S'}({alpha:g})"
 
 
 def make_grid(args, plane):
     """[(i, j, x, y)], row by row; by default around the networks with a margin of a quarter."""
     axes = []
-    for values, given in zip(
-        zip(*plane.corners(), strict=True), (args.x_range, args.y_range), strict=True
-    ):
-        low, high = min(values), max(values)
-        margin = 0.25 * (high - low)
-        low, high, n = given or (low - margin, high + margin, 25)
+    for axis, given in enumerate((args.x_range, args.y_range)):
+        values = [corner[axis] for corner in plane.corners()]
+        margin = 0.25 * (max(values) - min(values))
+        low, high, n = given or (min(values) - margin, max(values) + margin, 25)
         steps = max(1, n - 1)
         # in this form the teacher, at 0, is met exactly wherever rounding allows it
         axes.append([(low * (steps - k) + high * k) / steps for k in range(n)])
@@ -193,38 +183,31 @@ def report(run, rows, plane, names):
             run.say(f"{column}: {min(values):.4g} to {max(values):.4g} over {len(values)} points")
     valley = asymmetry(rows, corners[0])[:3] if names[0] == TEACHER else ()
     for eps, minus, plus, ratio in valley:
-        run.say(
-            f"train KL at {eps:g} from the teacher along x: {minus:.3e} on the far side, "
-            f"{plus:.3e} towards {names[1]}; ratio {ratio:.2f}"
-        )
+        words = f"{minus:.3e} on the far side, {plus:.3e} towards {names[1]}, ratio {ratio:.2f}"
+        run.say(f"train KL at {eps:g} from the teacher along x: {words}")
     run.draw("landscape", plots.landscapes, [panel(run.folder)])
 
 
-def panel(path):
-    """What ``rtd.plots.landscapes`` draws of a landscape.csv, or of the folder that it is in."""
-    path = path / "landscape.csv" if path.is_dir() else path
-    config, beside = path.with_name("config.json"), path.with_name("points.csv")
-    flags = {}
-    if config.exists():
-        with files.reading(config, "of a landscape"):
-            flags = dict(files.read_json(config)["flags"])
-    rows = files.read_csv(path, COLUMNS)
-    points = files.read_csv(beside, POINTS) if beside.exists() else []
-    places = {path: [row[k] for row in rows for k in ("i", "j", "x", "y")] or [None]}
-    places[beside] = [point[k] for point in points for k in ("x", "y")]
-    for file, numbers in places.items():
-        sound = all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in numbers)
-        if not sound or any(isinstance(x, str) for row in rows for x in row.values()):
-            raise InputError(f"{file} holds no landscape, but nothing, or other than numbers")
-    points = [point | {"name": str(point["name"])} for point in points]
-    known = [flags.get("encoder"), flags.get("dataset"), f"{flags.get('plane', '')} plane"]
-    known += ["encoder alone"] if flags.get("encoder_only") else []
+def panel(folder):
+    """What ``rtd.plots.landscapes`` draws of the run in ``folder``."""
+    tables = []
+    for name, columns in {"landscape.csv": COLUMNS, "points.csv": POINTS}.items():
+        rows = files.read_csv(folder / name, columns)
+        with files.reading(folder / name, "of a landscape"):
+            numbers = np.array([[row[c] for c in columns if c != "name"] for row in rows], float)
+            if not np.isfinite(numbers[:, :4]).all():
+                raise ValueError("a place is missing or infinite")
+        tables.append(rows)
+    with files.reading(folder / "config.json", "of a landscape"):
+        flags = files.read_json(folder / "config.json")["flags"]
+        title = f"{flags['encoder']}, {flags['dataset']}, {flags['plane']} plane"
+        alone, orthogonal = flags["encoder_only"], flags["plane"] == "orthogonal"
     return {
-        "rows": rows,
-        "points": points,
-        "orthogonal": flags.get("plane") == "orthogonal",
-        "loss": "KL of embeddings" if flags.get("encoder_only") else "train KL",
-        "title": ", ".join(filter(None, known)),
+        "rows": tables[0],
+        "points": tables[1],
+        "orthogonal": orthogonal,
+        "loss": "KL of embeddings" if alone else "train KL",
+        "title": title + ", encoder alone" * alone,
     }
 
 

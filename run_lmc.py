@@ -41,7 +41,6 @@ from rtd.supervised import empty_classifier
 
 COLUMNS = ("init", "i", "j", "gamma", "bn", "train_error", "test_error", "train_loss", "test_loss")
 BARRIERS = ("init", "bn", "statistic", "i", "j", "train_barrier", "test_barrier")
-BATCH_NORM = ("recompute", "interpolate")
 PRODUCTS = ("barriers.csv", "lmc.*", "runs/init*-run*", "lines/init*")
 LINES = ("points", "bn_statistics", "bn_batches", "line_subset")
 
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     cli.add_file_flags(parser)
     add = parser.group("lines")
     add("--points", cli.positive_int, 50, "points of a line, ends included; 11 show a barrier as well")
-    add("--bn-statistics", BATCH_NORM, "recompute",
+    add("--bn-statistics", ("recompute", "interpolate"), "recompute",
         "* statistics of batch norm on the line: estimated anew from training images, or interpolated, which shows higher barriers")
     add("--bn-batches", cli.positive_int, 20, "batches from which these statistics are estimated")
     add("--line-subset", cli.positive_int, None,
@@ -66,8 +65,7 @@ def parse_args(argv=None):
     cli.add_device_flags(parser)
     cli.add_output_flags(parser)
     # fmt: on
-    args = cli.parse(parser, argv, "init")
-    args.bn_statistics = [name for name in BATCH_NORM if name in args.bn_statistics]
+    args = cli.parse(parser, argv, "init", "bn_statistics")
     for flag in "runs", "points":
         if getattr(args, flag) == 1:
             parser.error(f"--{flag} 1: a line has two ends; give at least 2")

@@ -11,7 +11,6 @@ the student was distilled on, also where another one is probed (transfer, Tables
 Prints a table, mean +- standard deviation over the checkpoints, and writes a row for each network.
 """
 
-import functools
 from pathlib import Path
 
 from rtd.errors import InputError
@@ -44,13 +43,10 @@ def parse_args(argv=None):
     args = cli.parse(parser, argv)
     if not args.probe:
         parser.error("--probe none leaves nothing to do")
-    # two folders are two data sets
-    folder = (
-        f"-{Path(args.data_dir).resolve().name}"
-        if args.dataset == "folder" and args.data_dir
-        else ""
-    )
-    args.out = args.out or Path(args.checkpoints[0]).parent / f"probe-{args.dataset}{folder}.csv"
+    name = f"probe-{args.dataset}"
+    if args.dataset == "folder" and args.data_dir:  # two folders are two data sets
+        name += f"-{Path(args.data_dir).resolve().name}"
+    args.out = args.out or Path(args.checkpoints[0]).parent / f"{name}.csv"
     return args
 
 
@@ -63,21 +59,15 @@ def main(args, device, world):
     for path, contents in loaded:
         check_image_size(path, contents["model"], data)
     cli.note_steps(args, data, world)
-    data = data.to(device)
-    rows = []
-
-    @functools.cache  # most checkpoints have the same normalisation
-    def judge_pixels(mean, std):
-        normalised = data.with_normalization({"mean": mean, "std": std})
-        return judge(None, normalised, args, world)
-
+    data, rows, pixels = data.to(device), [], {}  # pixels: their accuracies by normalisation
     for path, contents in loaded:
         normalised = data.with_normalization(contents["data"])
         origin = (path, files.sha256(path), contents["epoch"], contents["data"]["name"], data.name)
         for network in [name for name in PROBED if name in args.network]:
             world.say(f"probing {network} of {path}")
             if network == "input":
-                values = judge_pixels(normalised.mean, normalised.std)
+                key = normalised.mean, normalised.std  # most checkpoints have the same
+                pixels[key] = values = pixels.get(key) or judge(None, normalised, args, world)
             else:
                 encoder = load_network(contents, network, device).encoder
                 values = judge(encoder, normalised, args, world)
@@ -99,9 +89,7 @@ def lock_table(args):
 
 def say_table(args, rows, name, world):
     """Mean and standard deviation over the checkpoints, a line for each network."""
-    n = len(args.checkpoints)
-    over = f", mean +- std over {n} checkpoints" if n > 1 else ""
-    name += f" {args.data_dir}" * (name == "folder")
+    over = f", mean +- std over {n} checkpoints" if (n := len(args.checkpoints)) > 1 else ""
     world.say(f"test accuracy on {name}, %{over}")
     world.say(f"{'':<14}" + "".join(f"{probe:>18}" for probe in args.probe))
     for network in dict.fromkeys(row["network"] for row in rows):

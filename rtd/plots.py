@@ -244,7 +244,7 @@ def imp(rows, title=""):
     """
     rows = [row | {"left": 100 * (1 - row["sparsity"])} for row in _with_kind(rows)]
     chains = _samples(rows, "left", "test_accuracy", "kind", "rewind_epoch", "control")
-    rewinds, looks = sorted({rewind for _, rewind, _ in chains}), {}
+    rewinds = sorted({rewind for _, rewind, _ in chains})
     figure, (axis,) = _figure(1, title, width=5)
     for (kind, rewind, control), chain in chains.items():
         look = LOOKS[rewinds.index(rewind) % len(LOOKS)] | {"color": KINDS[kind]}
@@ -254,15 +254,14 @@ def imp(rows, title=""):
             label += ",\nmasks shuffled"
         if (n := max(map(len, chain.values()))) > 1:
             label += f", mean of {n}"
-        looks[label] = look
-        _line(axis, chain, **look)
+        _line(axis, chain, label=label, **look)
     axis.set(xscale="log", xlabel="weights remaining (%)", ylabel=ACCURACY)
     axis.invert_xaxis()
     axis.minorticks_off()
     left = sorted({row["left"] for row in rows})
     axis.set_xticks(left[:: -max(1, round(len(left) / 8))])  # at rounds
     axis.xaxis.set_major_formatter("{x:.3g}")
-    _legend(figure, looks)
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -313,10 +312,10 @@ def _map(axis, xs, ys, grid, norms, networks, label, true):
     axis.set_box_aspect(np.clip(np.ptp(ys) / np.ptp(xs), 0.25, 2) if true else 1)
     look = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
     look |= {"fontsize": 11, "ha": "center", "va": "center", "textcoords": "offset points"}
-    for (x, y), name in networks.items():
-        axis.plot(x, y, "o", color=RED, markeredgecolor="white", markersize=7)
-        right, above = (x, y) > np.mean([*networks], 0)  # away from each other
-        axis.annotate(name, (x, y), (9 if right else -9, 13 if above else -13), **look)
+    for place, name in networks.items():
+        axis.plot(*place, "o", color=RED, markeredgecolor="white", markersize=7)
+        away = np.where(place > np.mean([*networks], 0), (9, 13), (-9, -13))  # from each other
+        axis.annotate(name, place, away, **look)
 
 
 def _cut(axis, xs, ys, grid, networks, label):
@@ -344,9 +343,7 @@ def landscapes(panels):
     rows = [row for panel in panels for row in panel["rows"]]
     labels = {"train_kl": ""} | {p: f"{name},\n{ACCURACY}" for p, name in PROBE_TITLES.items()}
     shown = [name for name in labels if any(row[name] is not None for row in rows)]
-    titles = list(dict.fromkeys(panel["title"] for panel in panels))
-    title = titles[0] if len(titles) == 1 else None
-    figure, grid_of_axes = _figure(len(shown), title, len(panels), 4, "compressed")
+    figure, grid_of_axes = _figure(len(shown), None, len(panels), 4, "compressed")
     columns = "x", "y", *shown, "norm_total"
     for axes, panel in zip(grid_of_axes.reshape(len(panels), -1), panels, strict=True):
         x, y, *found = np.array([[row[c] for c in columns] for row in panel["rows"]], float).T
@@ -358,7 +355,7 @@ def landscapes(panels):
             if xs[0] <= row["x"] <= xs[-1] and ys[0] <= row["y"] <= ys[-1]:
                 name = row["name"].replace("theta", r"\theta").replace("*", "^*")
                 networks[row["x"], row["y"]] = f"${name}$"
-        axes[0].set_title("" if title else panel["title"].replace(", ", ",\n"))
+        axes[0].set_title(panel["title"], loc="left")
         for axis, name, grid in zip(axes, shown, grids, strict=False):
             label = labels[name] or f"{panel['loss']}, nats"
             if 1 in grid.shape:
