@@ -218,7 +218,7 @@ class Record:
         self.run, self.args, self.networks = run, run.args, networks | {"config": run.config}
         progress = saved["progress"] if saved else {"rows": [], "best": -1, "seconds": 0}
         self.rows, self.best, self.best_contents = progress["rows"], progress["best"], None
-        self.began = time.perf_counter() - progress["seconds"]
+        self.began = time.perf_counter() - progress["seconds"]  # as if there had been one session
         done, epochs = len(self.rows) - 1, self.args.epochs
         if done > epochs:
             raise InputError(f"--epochs {epochs}: {run.folder} has run {done} already")
@@ -233,7 +233,7 @@ class Record:
         constant = "input_" if self.args.ema else ("input_", "teacher_")  # what is probed once
         before = {k: x for k, x in self.rows[0].items() if k.startswith(constant)} if epoch else {}
         row = dict.fromkeys(COLUMNS) | before | row
-        row |= {"epoch": epoch, "step": training.step, "seconds": self.seconds()}
+        row |= {"epoch": epoch, "step": training.step, "seconds": time.perf_counter() - self.began}
         row["images_per_second"] = training.images_per_second
         self.rows.append(row)
         found = {p: x for p in self.args.probe if (x := row[f"student_{p}"]) is not None}
@@ -249,10 +249,6 @@ class Record:
         words += [f"{training.images_per_second:.0f} img/s"] if epoch else []
         self.run.say(f"epoch {epoch}/{epochs}: {', '.join(words)}, {row['seconds']:.0f} s in all")
 
-    def seconds(self):
-        """Seconds of all sessions of this run."""
-        return time.perf_counter() - self.began
-
     def contents(self):
         """The networks as they are and how far training went: what every checkpoint holds."""
         return self.networks | {"epoch": len(self.rows) - 1, "step": self.training.step}
@@ -262,8 +258,8 @@ class Record:
         if self.best_contents:
             self.run.save("best.pt", self.best_contents, "checkpoint")
             self.best_contents = None
-        progress = {"rows": self.rows, "best": self.best, "seconds": self.seconds()}
-        progress["training"] = self.training.state()
+        progress = {"rows": self.rows, "best": self.best, "training": self.training.state()}
+        progress["seconds"] = time.perf_counter() - self.began
         self.run.save("checkpoint.pt", self.contents() | {"progress": progress}, "checkpoint")
 
     def report(self):

@@ -51,13 +51,13 @@ def save(figure, file, format="png"):
     figure.savefig(file, format=format, metadata=dict.fromkeys(FORMATS[format].split()))
 
 
-def _figure(columns, title, rows=1, width=3.6, layout="constrained", **options):
-    """(figure, its rows x columns axes in a flat array), with room for a legend on the right."""
+def _figure(columns, title, width=3.6, **options):
+    """(figure, its axes side by side), with room for a legend on the right."""
     from matplotlib.figure import Figure
 
-    figure = Figure((width * columns + 2 * (layout == "constrained"), 3.4 * rows), layout=layout)
+    figure = Figure((width * columns + 2, 3.4), layout="constrained")
     figure.suptitle(title)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
 def _legend(figure, looks, seeds=1, place="center"):
@@ -338,14 +338,18 @@ def landscapes(panels):
     panels: {"rows": of landscape.csv, "points": of points.csv, "orthogonal": whether distances are
     true, "loss": what its train_kl is, "title": str}. A single row or column is drawn as a curve.
     """
+    from matplotlib.figure import Figure
+
     if not all(panel["rows"] for panel in panels):
         raise InputError("no picture is drawn: a landscape has no points yet")
     rows = [row for panel in panels for row in panel["rows"]]
     labels = {"train_kl": ""} | {p: f"{name},\n{ACCURACY}" for p, name in PROBE_TITLES.items()}
     shown = [name for name in labels if any(row[name] is not None for row in rows)]
-    figure, grid_of_axes = _figure(len(shown), None, len(panels), 4, "compressed")
+    figure = Figure((4 * len(shown), 3.4 * len(panels)), layout="compressed")
+    figure.suptitle("\n".join(dict.fromkeys(panel["title"] for panel in panels)))
     columns = "x", "y", *shown, "norm_total"
-    for axes, panel in zip(grid_of_axes.reshape(len(panels), -1), panels, strict=True):
+    grid_of_axes = figure.subplots(len(panels), len(shown), squeeze=False)
+    for axes, panel in zip(grid_of_axes, panels, strict=True):
         x, y, *found = np.array([[row[c] for c in columns] for row in panel["rows"]], float).T
         (xs, i), (ys, j) = (np.unique(place, return_inverse=True) for place in (x, y))
         grids = np.full((len(found), len(ys), len(xs)), np.nan)
@@ -355,7 +359,6 @@ def landscapes(panels):
             if xs[0] <= row["x"] <= xs[-1] and ys[0] <= row["y"] <= ys[-1]:
                 name = row["name"].replace("theta", r"\theta").replace("*", "^*")
                 networks[row["x"], row["y"]] = f"${name}$"
-        axes[0].set_title(panel["title"], loc="left")
         for axis, name, grid in zip(axes, shown, grids, strict=False):
             label = labels[name] or f"{panel['loss']}, nats"
             if 1 in grid.shape:
