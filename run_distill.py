@@ -167,17 +167,14 @@ def distill(args, device, world):
     else:
         cli.note_steps(args, probed, world)
 
+    encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": None}
+    moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
     for epoch in range(len(record.rows), args.epochs + 1):
         means = training.run_epoch(epoch, record.save) if epoch else training.start(evaluate_start)
         row = dict(zip(LastLayerLoss._fields, means, strict=True)) | distance(student, student_init)
-        encoders = {"student": student.encoder}
-        if epoch == 0:  # what the student is to beat
-            encoders |= {"input": None, "teacher": teacher.encoder}
-        elif args.ema:
-            encoders["teacher"] = teacher.encoder
         if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
-            for name, encoder in encoders.items():
-                found = judge(encoder, probed, args, world)
+            for name in moving if epoch else encoders:
+                found = judge(encoders[name], probed, args, world)
                 row |= {f"{name}_{probe}": accuracy for probe, accuracy in found.items()}
         record.add(row)
     world.in_main(record.report)
@@ -230,9 +227,9 @@ class Record:
     def add(self, row):
         """Log the row of an epoch; keep the best student; save where it is due."""
         epoch, epochs, training = len(self.rows), self.args.epochs, self.training
-        constant = "input_" if self.args.ema else ("input_", "teacher_")  # what is probed once
-        before = {k: x for k, x in self.rows[0].items() if k.startswith(constant)} if epoch else {}
-        row = dict.fromkeys(COLUMNS) | before | row
+        once = ("input",) if self.args.ema else ("input", "teacher")  # probed before training
+        once = [f"{name}_{probe}" for name in once for probe in self.args.probe if epoch]
+        row = dict.fromkeys(COLUMNS) | {column: self.rows[0][column] for column in once} | row
         row |= {"epoch": epoch, "step": training.step, "seconds": time.perf_counter() - self.began}
         row["images_per_second"] = training.images_per_second
         self.rows.append(row)

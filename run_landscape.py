@@ -28,9 +28,8 @@ from rtd.interpolation import PLANES, Plane
 from rtd.landscape import MEASURES, Landscape, asymmetry, norms
 from rtd.probes import PROBES
 
-MEASURED = tuple(f"{split}_{loss}" for split in ("train", "test") for loss in MEASURES)
-COLUMNS = ("i", "j", "x", "y", *MEASURED, *PROBES)
-COLUMNS += ("norm_encoder", "norm_head", "norm_total")
+COLUMNS = ("i", "j", "x", "y", *(f"{a}_{b}" for a in ("train", "test") for b in MEASURES))
+COLUMNS += (*PROBES, "norm_encoder", "norm_head", "norm_total")
 POINTS = ("name", "x", "y")
 PRODUCTS = ("landscape.*", "points.csv")
 TEACHER = "theta_T"
@@ -85,7 +84,7 @@ def main(args, device, world):
     source = origin["data"]
     args.dataset, args.encoder = args.dataset or source["name"], origin["model"]["encoder"]
     if args.dataset != source["name"]:
-        raise InputError(f"--dataset {args.dataset}: the networks learned from {source['name']}")
+        raise InputError(f"--dataset {args.dataset}: give the networks' own, {source['name']}")
     data = cli.load_data(args, world).with_normalization(source)
     cli.check_k(args, data)
     check_image_size(f"--origin {args.origin}", origin["model"], data)
@@ -173,14 +172,11 @@ def make_grid(args, plane):
 
 
 def report(run, rows, plane, names):
-    """Write the tables, draw, and say the range of the results and how asymmetric the valley is."""
+    """Write the tables, draw, and say how asymmetric the valley around the teacher is."""
     run.table("landscape.csv", COLUMNS, rows)
     corners = plane.corners()
     points = [(name, *corner) for name, corner in zip(names, corners, strict=True)]
     run.table("points.csv", POINTS, [dict(zip(POINTS, point, strict=True)) for point in points])
-    for column in ("train_kl", *PROBES):
-        if values := [row[column] for row in rows if row[column] is not None]:
-            run.say(f"{column}: {min(values):.4g} to {max(values):.4g} over {len(values)} points")
     valley = asymmetry(rows, corners[0])[:3] if names[0] == TEACHER else ()
     for eps, minus, plus, ratio in valley:
         words = f"{minus:.3e} on the far side, {plus:.3e} towards {names[1]}, ratio {ratio:.2f}"

@@ -91,11 +91,10 @@ def say_table(args, rows, name, world):
     """Mean and standard deviation over the checkpoints, a line for each network."""
     over = f", mean +- std over {n} checkpoints" if (n := len(args.checkpoints)) > 1 else ""
     world.say(f"test accuracy on {name}, %{over}")
-    world.say(f"{'':<14}" + "".join(f"{probe:>18}" for probe in args.probe))
     for network in dict.fromkeys(row["network"] for row in rows):
         mine = [row for row in rows if row["network"] == network]
-        cells = (plus_minus([row[probe] for row in mine]) for probe in args.probe)
-        world.say(f"{network:<14}" + "".join(f"{cell:>18}" for cell in cells))
+        cells = [f"{probe} {plus_minus([row[probe] for row in mine])}" for probe in args.probe]
+        world.say(f"{network:<14}{', '.join(cells)}")
     world.say(f"rows: {args.out}")
 
 
