@@ -160,7 +160,7 @@ def distill(args, device, world):
     distiller = Distiller(student, make_target(teacher, data, run), data, *options)
     optimizer = adamw(student, args.lr, args.weight_decay, args.bias_decay)
     training = Training(distiller, optimizer, data, (args.seed,), run, args.out.name)
-    record.training = training
+    record.training = training  # to be saved with it
     if saved:
         training.load_state(saved["progress"]["training"])
         run.say(f"resumed after step {training.step}")
@@ -202,10 +202,7 @@ def count_epochs(args, images):
 
 
 class Record:
-    """The rows of log.csv and the best student so far, and how they are saved.
-
-    training: the ``Training`` that is saved with them, to be set before the first row is added.
-    """
+    """The rows of log.csv, the best student so far, and how they are saved with the ``training``."""
 
     def __init__(self, run, networks, saved):
         """networks: state dicts whose tensors are the networks' own, so that they follow training.
@@ -228,8 +225,8 @@ class Record:
         """Log the row of an epoch; keep the best student; save where it is due."""
         epoch, epochs, training = len(self.rows), self.args.epochs, self.training
         once = ("input",) if self.args.ema else ("input", "teacher")  # probed before training
-        once = [f"{name}_{probe}" for name in once for probe in self.args.probe if epoch]
-        row = dict.fromkeys(COLUMNS) | {column: self.rows[0][column] for column in once} | row
+        same = [f"{name}_{probe}" for name in once for probe in self.args.probe if epoch]
+        row = dict.fromkeys(COLUMNS) | {column: self.rows[0][column] for column in same} | row
         row |= {"epoch": epoch, "step": training.step, "seconds": time.perf_counter() - self.began}
         row["images_per_second"] = training.images_per_second
         self.rows.append(row)

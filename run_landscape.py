@@ -8,8 +8,7 @@ edge of an asymmetric valley: the loss rises slowly towards the student, steeply
     python run_landscape.py --plot-only runs/nonlocal runs/shared --out fig5.png
     torchrun --nproc-per-node=4 run_landscape.py ...               # the processes share the points
 
-Writes config.json, landscape.csv (a row for each grid point), points.csv (where the three networks
-lie) and landscape.png.
+Writes config.json, landscape.csv (a row a point), points.csv (the three networks), landscape.png.
 """
 
 from pathlib import Path
@@ -112,9 +111,9 @@ def main(args, device, world):
             plane.write_(network, x, y)
             if args.bn_statistics == "recompute":
                 landscape.recompute_batch_norm_(network)
-            options = probing.options(args) | {"batch_size": PROBE_BATCH}
-            found = landscape.evaluate(network, **options) | norms(network)
-            rows.append(dict.fromkeys(COLUMNS) | {"i": i, "j": j, "x": x, "y": y} | found)
+            found = landscape.evaluate(network, **probing.options(args), batch_size=PROBE_BATCH)
+            row = {"i": i, "j": j, "x": x, "y": y} | found | norms(network)
+            rows.append(dict.fromkeys(COLUMNS) | row)
             run.save(name, {"rows": rows})
 
     run.for_each(range(world.size), do)
@@ -129,10 +128,9 @@ def load_points(run):
 
 
 def load_networks(specs):
-    """The origin's checkpoint, the state dicts of the three networks, and their names.
+    """The checkpoint of the origin, three state dicts and names; specs: {flag: PATH:NETWORK}.
 
-    specs: {flag: PATH:NETWORK} of the three. Raises InputError where they do not lie in one space,
-    or have different teachers.
+    Raises InputError for networks that do not lie in one space, or have different teachers.
     """
     loaded = [load_spec(flag, spec) for flag, spec in specs.items()]
     origin = loaded[0][0]
@@ -175,8 +173,8 @@ def report(run, rows, plane, names):
     """Write the tables, draw, and say how asymmetric the valley around the teacher is."""
     run.table("landscape.csv", COLUMNS, rows)
     corners = plane.corners()
-    points = [(name, *corner) for name, corner in zip(names, corners, strict=True)]
-    run.table("points.csv", POINTS, [dict(zip(POINTS, point, strict=True)) for point in points])
+    points = [{"name": n, "x": x, "y": y} for n, (x, y) in zip(names, corners, strict=True)]
+    run.table("points.csv", POINTS, points)
     valley = asymmetry(rows, corners[0])[:3] if names[0] == TEACHER else ()
     for eps, minus, plus, ratio in valley:
         words = f"{minus:.3e} on the far side, {plus:.3e} towards {names[1]}, ratio {ratio:.2f}"

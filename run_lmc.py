@@ -10,12 +10,10 @@ error rises between them; from a student distilled without labels, the paper fin
     torchrun --nproc-per-node=4 run_lmc.py ...       # the processes share the runs, then the lines
 
 Where batch norm's statistics are recomputed, they are so at the ends too: the weights there are the
-trained networks' bit for bit, their errors need not be. Networks without batch norm have no
-statistics ("none" in the CSV).
+trained networks' bit for bit, their errors need not be. Without batch norm, "none" stands for them.
 
-Writes config.json, lmc.csv (a row for each point of a line), barriers.csv and lmc.png; the trained
-networks into runs/, from which --resume redraws the lines, also with other flags of the group
-"lines" or more --runs, without training again.
+Writes config.json, lmc.csv (a row a point), barriers.csv and lmc.png; the trained networks into
+runs/. With --resume it walks again with other flags of the group "lines", or adds to --runs.
 """
 
 import itertools
