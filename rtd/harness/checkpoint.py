@@ -29,14 +29,9 @@ def load_checkpoint(path):
 
 
 def load_network(checkpoint, which="student", device="cpu"):
-    """The ``Network`` ("teacher", "student" or "student-init") of a checkpoint, in eval mode.
-
-    checkpoint: a path, or what ``load_checkpoint`` returned.
-    """
+    """The network ``which``, one of ``ROLES``, of a checkpoint (a path or a dict), in eval mode."""
     if which not in ROLES:
-        raise InputError(
-            f"'{which}' is no network of a checkpoint: choose one of {', '.join(ROLES)}"
-        )
+        raise InputError(f"'{which}' is no network of a checkpoint: give one of {', '.join(ROLES)}")
     if not isinstance(checkpoint, dict):
         checkpoint = load_checkpoint(checkpoint)
     state = checkpoint[which.replace("-", "_")]
@@ -55,8 +50,8 @@ def path_of(spec):
 
 def load_spec(flag, spec, others=""):
     """PATH:NETWORK, given to ``flag`` -> (checkpoint, NETWORK); others: what else may be given."""
-    path, colon, which = spec.rpartition(":")
-    if not path or not colon or which not in ROLES:
+    path, _, which = spec.rpartition(":")
+    if not path or which not in ROLES:
         known = ", ".join(ROLES)
         raise InputError(f"{flag} {spec}: give PATH:NETWORK, NETWORK one of {known}{others}")
     return load_checkpoint(path), which
@@ -64,11 +59,9 @@ def load_spec(flag, spec, others=""):
 
 def check_image_size(what, model, data):
     """Refuse a network ``what`` that was built for another size than that of ``data``."""
-    size, wanted = data.train.images.shape[-1], model["image_size"]
-    if size != wanted:
-        raise InputError(
-            f"{what}: it takes images of {wanted}x{wanted}; give --image-size {wanted}, not {size}"
-        )
+    size = model["image_size"]
+    if size != data.train.images.shape[-1]:
+        raise InputError(f"{what} takes images of {size}x{size}; give --image-size {size}")
 
 
 def make_teacher(spec, model, seed):
@@ -78,22 +71,19 @@ def make_teacher(spec, model, seed):
     trained with labels, under a random head. model: arguments of ``build_network``. Raises
     InputError for a network that was built otherwise.
     """
-    labelled = spec and spec.endswith(f":{SUPERVISED}")
+    teacher = random_network(random_stream(seed, "teacher-init"), **model)
     if spec is None:
-        contents = {"model": {}, "data": None}
-    elif labelled:
+        return teacher, None
+    if spec.endswith(f":{SUPERVISED}"):
         contents = files.load_state(path_of(spec), SUPERVISED)
+        state = contents["training"]["classifier"]
     else:
         contents, which = load_spec("--teacher", spec, f" or {SUPERVISED}")
-    if odd := [
-        f"{name} {value}" for name, value in contents["model"].items() if value != model[name]
-    ]:
+        state = contents[which.replace("-", "_")]
+    odd = [f"{name} {value}" for name, value in contents["model"].items() if value != model[name]]
+    if odd:
         raise InputError(f"--teacher {spec}: was built with {', '.join(odd)}; give the same flags")
-    if spec and not labelled:
-        return load_network(contents, which), contents["data"]
-    teacher = random_network(random_stream(seed, "teacher-init"), **model)
-    if labelled:  # its fc has no place here, and it has no head
-        teacher.load_state_dict(contents["training"]["classifier"], strict=False)
+    teacher.load_state_dict(state, strict=False)  # a classifier has an fc, and no head
     return teacher, contents["data"]
 
 
@@ -118,18 +108,18 @@ def load_starts(args, data):
     --encoder None is the checkpoints' own, or resnet18 without any. All are of one architecture.
     Random encoders are normalised for ``data``, others as they were.
     """
-    draws = {spec: re.fullmatch(r"random(?::(\d+))?", spec) for spec in args.init}
-    draws = {spec: int(match[1] or 0) for spec, match in draws.items() if match}
+    random = [spec for spec in args.init if re.fullmatch(r"random(:\d+)?", spec)]
+    draws = {spec: int(spec.partition(":")[2] or 0) for spec in random}
     if len(set(draws.values())) < len(draws):
         raise InputError(f"--init {' '.join(draws)}: give each draw once; random is random:0")
     others = ", or random, random:1 ..."
     loaded = {spec: load_spec("--init", spec, others) for spec in args.init if spec not in draws}
-    models = [contents["model"] for contents, _ in loaded.values()]
-    first = models[0] if models else {"encoder": "resnet18", "norm": None}
+    default = {"encoder": "resnet18", "norm": None}
+    first = next((contents["model"] for contents, _ in loaded.values()), default)
     wanted = {"encoder": args.encoder or first["encoder"], "norm": first["norm"]}
     wanted["image_size"] = data.train.images.shape[-1]
     starts = []
-    for spec in args.init:
+    for i, spec in enumerate(args.init):
         if spec in draws:
             encoder = materialize(build_encoder(**wanted))
             init_encoder_(encoder, random_stream(args.seed, "encoder-init", draws[spec]))
@@ -137,15 +127,11 @@ def load_starts(args, data):
         else:
             contents, which = loaded[spec]
             for key, value in wanted.items():
-                if contents["model"][key] != value:
-                    flag = f"--{key.replace('_', '-')}"
-                    raise InputError(
-                        f"--init {spec}: it was built with {flag} {contents['model'][key]}, not "
-                        f"{value}; {flag} and all of --init must agree"
-                    )
+                if (built := contents["model"][key]) != value:
+                    flag = f"--{key.replace('_', '-')} {built}"
+                    raise InputError(f"--init {spec} has {flag}; flags and all --init must agree")
             encoder, source = load_network(contents, which).encoder, contents["data"]
-        name = f"init{len(starts)}"
-        starts.append(Start(name, spec, which, wanted, encoder.state_dict(), source))
+        starts.append(Start(f"init{i}", spec, which, wanted, encoder.state_dict(), source))
     return starts
 
 

@@ -5,9 +5,8 @@ import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from rtd.errors import Diverged, InputError
 from rtd.harness import console, distributed, files, signals
@@ -57,7 +56,7 @@ class Parser(argparse.ArgumentParser):
                 help += f" ({'any' if 'nargs' in more else 'one'} of {', '.join(kind)})"
             shown = ", ".join(map(str, default)) if isinstance(default, list) else default
             note = "" if shown in (None, "None") else f" (default: {shown})"
-            group.add_argument(flag, default=default, help=(help + note).replace("%", "%%"), **more)
+            group.add_argument(flag, default=default, help=help + note, **more)
 
         return add
 
@@ -149,10 +148,7 @@ def add_output_flags(parser, save_every=True):
 
 
 def parse(parser, argv, *distinct):
-    """The flags; --probe in a fixed order, [] for none.
-
-    Refuses those that exclude each other, and values given twice to ``distinct``.
-    """
+    """The flags, --probe in a fixed order; refused are values given twice to ``distinct``."""
     args = parser.parse_args(argv)
     if getattr(args, "resume", False) and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
@@ -177,10 +173,7 @@ def note_steps(args, data, world, batch_size=256):
     """Say it where a linear probe of ``data`` takes few steps."""
     steps = math.ceil(len(data.train) / batch_size) * args.probe_epochs
     if "linear" in args.probe and steps < 500:
-        world.say(
-            f"note: the linear probe takes {steps} steps; below 500 it underfits, "
-            "raise --probe-epochs"
-        )
+        world.say(f"note: a linear probe underfits in {steps} steps; raise --probe-epochs for 500")
 
 
 def load_data(args, world, other=None, probed=None):
@@ -193,10 +186,7 @@ def load_data(args, world, other=None, probed=None):
         raise InputError(f"--download: {args.dataset} has no download")
     subsets = args.subset, None if probed else args.test_subset
     where = args.dataset, args.data_dir, args.download, *subsets, args.image_size, probed
-
-    def load():
-        return load_dataset(*where, say=world.say)
-
+    load = partial(load_dataset, *where, say=world.say)
     return world.in_main(load) or load()  # what the main process caches, the others find
 
 
@@ -207,15 +197,11 @@ def load_sources(args, world):
         flags = {**vars(args), "dataset": other, "subset": args.probe_subset}
         probed = load_data(argparse.Namespace(**flags), world, args.dataset)
     elif args.probe_subset:
-        raise InputError(
-            f"--probe-subset {args.probe_subset}: goes with --probe-dataset; without, --subset "
-            "decides for both"
-        )
+        raise InputError(f"--probe-subset {args.probe_subset}: give --probe-dataset, or --subset")
     data = load_data(args, world, other, probed)
     if args.beta and (data.train.labels.min() < 0 or args.out_dim < data.num_classes):
         raise InputError(
-            f"--beta {args.beta:g}: needs labels, which {data.name} may lack, and an "
-            "--out-dim of at least their number"
+            f"--beta {args.beta:g}: {data.name} needs labels, and --out-dim at least their number"
         )
     check_k(args, probed or data)
     return data, probed or data
@@ -270,7 +256,6 @@ def check_torchvision():
         import torchvision  # noqa: F401
     except Exception as error:  # its operators then fail in one way or another
         raise InputError(
-            f"torchvision does not work with the installed torch {torch.__version__} "
-            f"({files.one_line(error)}): install the two that belong together, by pip install "
-            "--upgrade torch torchvision"
+            f"torchvision does not work with the installed torch ({files.one_line(error)}); "
+            "pip install --upgrade torch torchvision installs two that do"
         ) from error

@@ -1,5 +1,6 @@
 """Printing that never stops a run: a reader that went away, a closed terminal, an odd character."""
 
+import contextlib
 import os
 import sys
 import time
@@ -11,10 +12,10 @@ def prepare():
         pass
     os.close(number)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(*words, to="stdout"):
@@ -34,18 +35,13 @@ def duration(seconds):
 
 
 def progress(items, description, unit="steps"):
-    """``items`` (a list), with a bar where tqdm is installed and stderr is a terminal.
-
-    Elsewhere a line a minute says how far the work is and what time is left.
-    """
+    """``items`` (a list) with tqdm's bar if stderr is a terminal, else with a line a minute."""
     if sys.stderr.isatty():
-        try:
+        with contextlib.suppress(ImportError):  # tqdm is an optional extra
             from tqdm import tqdm
 
             yield from tqdm(items, description, unit=unit, leave=False, dynamic_ncols=True)
             return
-        except ImportError:  # it is an optional extra
-            pass
     began = said = time.monotonic()
     for i, item in enumerate(items):
         now = time.monotonic()

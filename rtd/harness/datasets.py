@@ -56,9 +56,7 @@ def load_dataset(
     the flag or file and says what is expected.
     """
     if name not in DATASETS:
-        raise InputError(
-            f"--dataset: unknown data set '{name}': choose one of {', '.join(DATASETS)}"
-        )
+        raise InputError(f"--dataset '{name}': choose one of {', '.join(DATASETS)}")
     published = partial(_published_split, data_dir, download, image_size, say)
     if name == "noise":
         return load_noise(subset, probed)
@@ -92,10 +90,7 @@ def load_dataset(
 
 
 def fingerprints(data):
-    """{"the training images": SHA-256, "the test images": SHA-256}.
-
-    A hash is of all labels and of about a thousand images.
-    """
+    """SHA-256 of "the training images" and "the test images": all labels, some 1,000 images."""
 
     def digest(split):
         some = split.images[:: max(1, len(split) // 1000)].contiguous()
@@ -105,28 +100,20 @@ def fingerprints(data):
 
 
 def load_digits(size):
-    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels, brought to (3, size, size).
-
-    1,347 are for training, 450 for testing.
-    """
+    """scikit-learn's digits, 1,347 and 450, in 17 grey levels, from 8x8 to (3, size, size)."""
     from sklearn import datasets, model_selection
 
     pixels, labels = datasets.load_digits(return_X_y=True)
     grey = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(grey, size, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
-    # training images, test images, training labels, test labels
-    parts = model_selection.train_test_split(
-        images.numpy(), labels.astype(np.int64), stratify=labels, random_state=0
-    )
-    train, test = (Split(*map(torch.from_numpy, parts[i::2])) for i in (0, 1))
+    every = Split(images, torch.from_numpy(labels).long())
+    parts = model_selection.train_test_split(range(len(every)), stratify=labels, random_state=0)
+    train, test = (Split(every.images[part], every.labels[part]) for part in parts)
     return Dataset("digits", train, test, 10, *channel_statistics(train.images))
 
 
 def load_noise(n, like):
-    """``n`` Gaussian images, by default as many as ``like`` has, in their shape (Fig. 4).
-
-    They have sigma = 1 after normalisation and are drawn once.
-    """
+    """``n`` images, or as many as ``like`` has, of Gaussian noise, already normalised (Fig. 4)."""
     n = n or len(like.train)
     generator = random_stream(0, "noise")
     images = torch.randn(n, *like.train.images.shape[1:], generator=generator)
@@ -134,10 +121,7 @@ def load_noise(n, like):
 
 
 def _published_split(data_dir, download, size, say, name, which):
-    """A split of one of ``PUBLISHED`` through torchvision, which verifies checksums.
-
-    At another size than the published one it is resized once, into a cache.
-    """
+    """A split of one of ``PUBLISHED``, verified by torchvision, resized once, into a cache."""
     import torchvision
 
     source, stl10 = getattr(torchvision.datasets, name.upper()), name == "stl10"
@@ -156,8 +140,7 @@ def _published_split(data_dir, download, size, say, name, which):
             intact = torchvision.datasets.utils.check_integrity
             odd = next((file for file, md5 in files.items() if not intact(file, md5)), data_dir)
             raise InputError(
-                f"--data-dir {data_dir}: {odd} is missing, or not what {source.url} has; "
-                "--download fetches what is not there"
+                f"{odd} is missing, or not what {source.url} has; --download fetches it"
             ) from error
         images = torch.from_numpy(found.data)
         if not stl10:
@@ -183,9 +166,8 @@ def load_cifar5m(data_dir, n, cifar10, say):
     """The first ``n`` images of CIFAR-10's training split followed by CIFAR-5M's parts in order.
 
     Up to CIFAR-10's size it is a class-balanced subset of CIFAR-10 alone (Fig. 4, authors' code).
-    The parts, cifar5m_part0.npz ..., are read only as far as needed, one after the other. That
-    takes the memory of the (n, 3, 32, 32) bytes returned, 15.4 GB for 5 million, and of one part,
-    3 GB.
+    Parts (cifar5m_part0.npz ...) are read as far as needed, one at a time: this takes the memory of
+    the (n, 3, 32, 32) bytes returned, 15.4 GB for 5 million, and 3 GB for a part.
     """
     done = len(cifar10)
     if n is not None and n <= done:
@@ -199,10 +181,9 @@ def load_cifar5m(data_dir, n, cifar10, say):
     labels = torch.cat([cifar10.labels, *parts.values()])
     if not parts or (n or 0) > len(labels):
         raise InputError(
-            f"--data-dir {data_dir}: CIFAR-10 and the {len(parts)} parts of CIFAR-5M here, "
-            f"cifar5m_part0.npz, cifar5m_part1.npz, ..., have {len(labels)} images; choose a "
-            f"--subset of 1 to {len(labels)}, or get more parts, as "
-            "https://github.com/preetum/cifar5m says"
+            f"--data-dir {data_dir}: CIFAR-10 and the {len(parts)} parts of CIFAR-5M here have "
+            f"{len(labels)} images; choose a --subset of 1 to {len(labels)}, or get more "
+            "(cifar5m_part0.npz, ...) from https://github.com/preetum/cifar5m"
         )
     labels = labels[:n]
     images = torch.empty(len(labels), 3, 32, 32, dtype=torch.uint8)
@@ -215,8 +196,8 @@ def load_cifar5m(data_dir, n, cifar10, say):
             found = _tensor(path, "X")
             if (found.dtype, found.shape) != (torch.uint8, (len(given), 32, 32, 3)):
                 raise InputError(
-                    f"{path} is damaged or not a part of CIFAR-5M: X is of type {found.dtype} and "
-                    f"shape {tuple(found.shape)}, and there are {len(given)} labels; fetch it again"
+                    f"{path} is damaged: X is of type {found.dtype} and shape "
+                    f"{tuple(found.shape)}, and there are {len(given)} labels; fetch it again"
                 )
             out[:] = found[: len(out)].permute(0, 3, 1, 2)
             del found  # so that only one part at a time takes memory
@@ -224,10 +205,9 @@ def load_cifar5m(data_dir, n, cifar10, say):
 
 
 def load_folder(data_dir, size, say):
-    """Any images: ``data_dir``/train and ``data_dir``/test (or val), each with a folder a class.
+    """Any images: ``data_dir``/train and ``data_dir``/test (or val), with the same folder a class.
 
-    Both have the same classes. The images are cached in ``data_dir``/.rtd-<split>-<size>.npz.
-    Normalisation constants are those of the training images.
+    They are normalised with the constants of the training images.
     """
     root = Path(data_dir)
     held_out = "test" if (root / "test").is_dir() else "val"
@@ -241,18 +221,16 @@ def load_folder(data_dir, size, say):
 
 
 def load_tinyimagenet(data_dir, size, say):
-    """TinyImageNet as its archive unpacks; the test split is val/images, val/val_annotations.txt.
+    """TinyImageNet as its archive unpacks, normalised as ImageNet; its val is the test split.
 
-    ``data_dir``: the folder tiny-imagenet-200, or the one it is in. Nothing is moved, and images
-    are cached as ``load_folder``'s are. They are normalised with ImageNet's constants.
+    ``data_dir``: the folder tiny-imagenet-200, or the one it is in.
     """
     inside = Path(data_dir, "tiny-imagenet-200")
     root = inside if inside.is_dir() else Path(data_dir)
     annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
         raise InputError(
-            f"--data-dir {data_dir}: {annotations} is missing; expected is the folder "
-            "tiny-imagenet-200 as http://cs231n.stanford.edu/tiny-imagenet-200.zip unpacks"
+            f"{annotations} is missing; unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip"
         )
     classes, train = _class_folders(root / "train", say)
     with reading(annotations, "a text file"):
@@ -274,8 +252,7 @@ def load_tinyimagenet(data_dir, size, say):
 def _class_folders(root, say):
     """The names of the class folders in ``root``, and [(path, label)] of their images, by path.
 
-    A label is its class's place among the names. Whatever is named like an image must be one; other
-    files are counted, hidden ones ignored.
+    A label is its class's place among the names. Other files are counted, hidden ones ignored.
     """
     from torchvision.datasets.folder import is_image_file
 
@@ -307,8 +284,8 @@ def _class_folders(root, say):
         others += len(found) - len(named)
     if len(classes) < 2:
         raise InputError(
-            f"--data-dir {root.parent}: expected are the folders train and test (or val) with a "
-            f"folder of images for each class, at least two; {root} holds {len(classes)}"
+            f"--data-dir {root.parent}: train and test (or val) need a folder of images for each "
+            f"class, at least two; {root} holds {len(classes)}"
         )
     if others:
         say(f"{others} files that are not images were left out of {root}")
@@ -344,7 +321,7 @@ def _cached(folder, name, files, size, make, say):
     """The ``Split`` that ``make()`` returns, or ``folder``/.rtd-<name>-<size>.npz if still valid.
 
     files: [(path, label)] of what it is made from. The cache is made anew if a path, its size, its
-    time of modification or its label is another, or ``size``, the images' side in pixels.
+    time of modification or its label changes. size: the images' side in pixels.
     """
     cache = Path(folder, f".rtd-{name}-{size}.npz")
     digest = hashlib.sha256(f"{size}".encode())

@@ -1,7 +1,4 @@
-"""The processes that torchrun starts for one run: their shares of the work, and its results.
-
-Without torchrun everything here does the obvious thing for a single process.
-"""
+"""The processes that torchrun starts for a run, or the only one: shares of the work, results."""
 
 import contextlib
 import datetime
@@ -30,8 +27,8 @@ def process_group(device):
         return
     cuda = device.type == "cuda"
     patience = datetime.timedelta(days=30)  # waiting for the main process to probe is normal
-    options = {"device_id": device} if cuda else {}
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **options)
+    backend, device_id = ("nccl", device) if cuda else ("gloo", None)
+    dist.init_process_group(backend, timeout=patience, device_id=device_id)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
@@ -105,11 +102,11 @@ class World:
         """function(rows), a tensor with as many rows: made in shares, whole in each process."""
         if self.size == 1:
             return function(rows)
-        count = -(-len(rows) // self.size)  # of a share; the last ones may be shorter, or empty
+        count = -(-len(rows) // self.size)
         mine = rows[self.rank * count :][:count]
-        found = function(mine if len(mine) else rows[:1])
-        part = found.new_zeros(count, *found.shape[1:])
-        part[: len(mine)] = found[: len(mine)]
+        if len(mine) < count:  # the last shares are filled up, as all must have one size
+            mine = torch.cat([mine, rows[: count - len(mine)]])
+        part = function(mine)
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part)
         return torch.cat(parts)[: len(rows)]

@@ -36,17 +36,14 @@ TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """A file object whose content stands at ``path`` after the block, all of it, or not at all.
-
-    It is written to a temporary file in the same folder, flushed to the disk and renamed.
-    """
+    """A file whose content stands at ``path`` after the block, whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **({} if "b" in mode else TEXT)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the name, lest a crash leave an empty file under it
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -76,10 +73,7 @@ def one_line(error):
 
 
 def checksum(tree, crc=0):
-    """CRC-32 of nested dicts and lists of tensors and plain types: types, shapes, names and values.
-
-    crc: that of what comes before.
-    """
+    """CRC-32 of nested dicts and lists of tensors and plain types; crc: of what comes before."""
     if isinstance(tree, torch.Tensor):
         crc = checksum(f"{tree.dtype}{tuple(tree.shape)}", crc)
         content = tree.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -95,10 +89,7 @@ def checksum(tree, crc=0):
 
 
 def save_state(path, kind, contents):
-    """Write ``contents``, a dict of tensors and plain types, as a state file of ``kind``.
-
-    A signal waits until the file stands.
-    """
+    """Write a dict of tensors and plain types as a state file of ``kind``; signals wait for it."""
     state = {"format": f"rtd-{kind}-{VERSION}", **contents}
     state["checksum"] = checksum(state)
     # a file, as torch would store the name of a path, the temporary's
@@ -106,9 +97,7 @@ def save_state(path, kind, contents):
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch closes its file, which fails too and hides why
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            raise (error.__context__ or error) from None
 
 
 def load_state(path, kind, mmap=True):
@@ -121,11 +110,8 @@ def load_state(path, kind, mmap=True):
     with reading(path, expected), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that no state file holds
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if state["format"] != (wanted := f"rtd-{kind}-{VERSION}"):
-            raise InputError(
-                f"{path} is not {expected}, or another version of rtd made it: its format is "
-                f"{state['format']}, not {wanted}"
-            )
+        if state["format"] != f"rtd-{kind}-{VERSION}":
+            raise InputError(f"{path} is not {expected}, or another version of rtd made it")
         if state["checksum"] != checksum({k: v for k, v in state.items() if k != "checksum"}):
             raise InputError(f"{path} is damaged: its checksum does not fit its contents")
     return state
@@ -145,10 +131,7 @@ def write_csv(path, columns, rows):
 
 
 def read_csv(path, columns=None):
-    """The rows of a table: whole numbers as int, other numbers as float, nothing as None, else str.
-
-    Raises InputError for a file that is no such table or does not have ``columns``.
-    """
+    """The rows of a table, of int, float, None for nothing, and str; InputError if it is none."""
     with reading(path, "a CSV table"), open(path, **TEXT) as file:
         header, *lines = csv.reader(file, strict=True)
         if columns and header != list(columns):
@@ -172,30 +155,23 @@ def read_json(path):
 
 def sha256(path):
     """Hex digest of a file, to say which checkpoint a number came from."""
-    with reading(path):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def flags(args):
-    """The flags of a run by name, as JSON has them: paths as text, tuples as lists."""
-    return json.loads(json.dumps(dict(sorted(vars(args).items())), default=str))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def provenance(args, device):
-    """What makes a run again: flags, command, versions, commit, device and start time."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    """What makes a run again, in JSON's types: flags, command, versions, commit, device, time."""
+    git, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.check_output(
             git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=10
         ).strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    packages = ("torch", "torchvision", "numpy", "scikit-learn")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy", "scikit-learn"):
+        versions[package] = importlib.metadata.version(package)
     return {
-        "flags": flags(args),
+        "flags": json.loads(json.dumps(vars(args), sort_keys=True, default=str)),
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions,
         "commit": commit,
         "device": describe(device, args.precision),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -12,21 +12,13 @@ def options(args):
 
 
 def judge(encoder, data, args, world):
-    """``rtd.probes.probe`` of an encoder's features of ``data``; {} outside the main process.
-
-    encoder: None for the normalised pixels themselves.
-    """
-    constants = data.mean, data.std
-    shown = partial(progress, description="features", unit="batches")
-
-    def embed(images):
-        return extract_features(
-            encoder, images, *constants, precision=args.precision, progress=shown
-        )
-
-    splits = [split.images for split in (data.train, data.test)]
+    """``probe`` of the features of ``data``, without encoder of its pixels; {} outside main."""
+    source = {"mean": data.mean, "std": data.std}
+    splits = data.train.images, data.test.images
     if encoder:
-        features = [world.map_rows(embed, images) for images in splits]
+        shown = partial(progress, description="features", unit="batches")
+        embed = partial(extract_features, encoder, precision=args.precision, progress=shown)
+        features = [world.map_rows(partial(embed, **source), images) for images in splits]
     elif world.is_main:
-        features = [flat_pixels(images, *constants) for images in splits]
+        features = [flat_pixels(images, **source) for images in splits]
     return probe(*features, data, **options(args)) if world.is_main else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from rtd import plots
 from rtd.errors import Diverged, InputError
 from rtd.harness import console, files
+from rtd.harness.checkpoint import path_of
 
 try:
     import fcntl
@@ -22,20 +23,14 @@ RUNNING += ("download", "device")  # flags that may differ between a run and its
 
 
 def lock(path, flag):
-    """A file object that keeps ``path`` locked until it is closed or the process ends.
-
-    Raises InputError, which names the process that holds it, where another one does.
-    """
+    """A file that keeps ``path`` locked while it is open; InputError names who holds it already."""
     file = open(path, "a+")  # noqa: SIM115 (the lock lives as long as the file)
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read().strip()
-        raise InputError(
-            f"{flag} is in use by process {holder}; wait for its end, or give another"
-        ) from None
+        raise InputError(f"{flag} is in use by process {file.read().strip()}; wait") from None
     except OSError:  # a file system that has no locks
         pass
     file.truncate(0)
@@ -47,9 +42,7 @@ def lock(path, flag):
 def check_output(args):
     """Refuse an --out, a file, that exists (without --overwrite) or has no folder."""
     if args.out.exists() and not (args.overwrite and args.out.is_file()):
-        raise InputError(
-            f"--out {args.out} exists already: --overwrite replaces a file, or give another"
-        )
+        raise InputError(f"--out {args.out} exists; --overwrite replaces a file")
     if not args.out.parent.is_dir():
         raise InputError(f"--out {args.out}: there is no folder {args.out.parent}")
 
@@ -64,43 +57,37 @@ class Run:
     --overwrite), or was run with other flags, checkpoints or images, or is in use.
     """
 
-    def __init__(self, args, device, world, products, may_change=(), images=(), networks=()):
-        self.folder, self.args, self.device, self.world = Path(args.out), args, device, world
-        paths = {spec: Path(spec.rpartition(":")[0]) for spec in networks if spec}
-        paths = {spec: path for spec, path in paths.items() if path.is_file()}
-        self.config, free = files.provenance(args, device), {*RUNNING, *may_change}
-        flags = {k: v for k, v in self.config["flags"].items() if k not in free}
+    def __init__(self, args, device, world, products, may_change, images, networks=()):
+        self.folder, self.args, self.device, self.world = args.out, args, device, world
+        self.config = files.provenance(args, device)
         self.identity = {"the script": Path(sys.argv[0]).name}
-        self.identity |= {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
-        self.identity |= dict(images) | {spec: files.sha256(paths[spec]) for spec in paths}
+        for name, value in self.config["flags"].items():
+            if name not in (*RUNNING, *may_change):
+                self.identity[f"--{name.replace('_', '-')}"] = value
+        read = {spec: Path(path_of(spec)) for spec in networks if spec}
+        read = {spec: path for spec, path in read.items() if path.is_file()}
+        self.identity |= images | {spec: files.sha256(path) for spec, path in read.items()}
         self.config["identity"] = self.identity
         self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
-        world.in_main(lambda: self._open(products, [path.resolve() for path in paths.values()]))
+        world.in_main(lambda: self._open(products, read.values()))
 
     def _open(self, products, read):
         folder, args, config = self.folder, self.args, self.folder / "config.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
+        if folder.is_file():
+            raise InputError(f"--out {folder} is a file, where a folder is needed")
+        folder.mkdir(parents=True, exist_ok=True)
         inside = list(folder.glob("[!.]*"))
         if inside and not (args.resume or args.overwrite):
-            raise InputError(
-                f"--out {folder} holds a run already: --resume continues it, "
-                "--overwrite starts again"
-            )
+            raise InputError(f"--out {folder} holds a run; give --resume or --overwrite")
         # a sweep takes up runs that were made one by one, as on several machines
-        begun = any(not (path / "config.json").exists() for path in inside)
-        continued = begun and args.resume
+        continued = args.resume and any(not (path / "config.json").exists() for path in inside)
         if continued and not config.exists():
-            raise InputError(
-                f"--resume: {folder} holds files but no config.json; give another --out"
-            )
+            raise InputError(f"--resume: {folder} has no config.json; give another --out")
         self._lock = lock(folder / ".lock", f"--out {folder}")
         if continued:
             self._check(config, files.read_json(config))
         old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
-        if lost := {path.resolve() for path in old} & set(read):
+        if lost := {path.resolve() for path in old} & {path.resolve() for path in read}:
             raise InputError(f"--overwrite would delete {min(lost)}, which this run reads; move it")
         # and what ``atomic_write`` leaves if it is killed
         for pattern in map(Path, (*products, "config.json")):
@@ -124,10 +111,7 @@ class Run:
                 if found.get(name) != value
             ]
         if odd:
-            raise InputError(
-                f"--resume: {path} is of another run ({', '.join(odd[:3])}); use that, or give "
-                "another --out"
-            )
+            raise InputError(f"--resume: in {path}, {', '.join(odd[:3])}; give another --out")
 
     def say(self, *words):
         """Print, in the main process."""
@@ -144,10 +128,7 @@ class Run:
             self._cost = self._saved - began
 
     def save_is_due(self, done, last):
-        """Whether to save after ``done`` of ``last`` epochs.
-
-        --save-every says how often; by default saving costs at most a tenth of the time.
-        """
+        """Whether to save after ``done`` of ``last`` epochs; by default at a tenth of the time."""
         if self.args.save_every and done < last:
             return done % self.args.save_every == 0
         return done == last or time.monotonic() - self._saved >= 10 * self._cost
@@ -155,8 +136,7 @@ class Run:
     def load(self, name, table=None, kind="state"):
         """What ``save`` wrote; None where nothing was saved yet.
 
-        table: a CSV file that is written after ``name``; where it is there without ``name``, the
-        run is refused, as its rows would be lost.
+        table: a CSV file that is written after ``name``; without ``name``, its rows would be lost.
         """
         path = self.folder / name
 
@@ -166,10 +146,7 @@ class Run:
                 self._check(path, state, unit=name)
                 return state
             if table and (self.folder / table).exists():
-                raise InputError(
-                    f"--resume: {path} is missing, from which {table} goes on; "
-                    "--overwrite starts again"
-                )
+                raise InputError(f"--resume: {path} is missing; --overwrite starts again")
 
         return self.world.decide(read)
 
@@ -230,7 +207,5 @@ def draw(path, say, make, *arguments):
             plots.save(figure, file, path.suffix[1:])
         say(f"picture: {path}")
     except Exception as error:  # matplotlib may fail in any way; all numbers are written already
-        say(
-            f"{path.name} is not drawn ({files.one_line(error)}); the numbers stand. With "
-            "matplotlib, pip install -e '.[full]', the same command and --resume draw it"
-        )
+        why = files.one_line(error)
+        say(f"{path.name} is not drawn ({why}); the numbers stand, and --resume draws it")

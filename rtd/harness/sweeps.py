@@ -86,10 +86,7 @@ def run(args, planned, device, world, do, title):
 
 
 def summarize(sweep, names, groups, probes):
-    """Write and say summary.csv: mean, standard deviation and number over the seeds.
-
-    Reports best and final epoch for the probes, the final epoch for KL and distances.
-    """
+    """Write and say summary.csv: final results over the seeds, and at best for the probes."""
     probed = probe_columns(probes)
     columns, rows = (*names, "quantity", "epoch", "mean", "std", "n"), []
     sweep.say(f"\n{sweep.folder / 'summary.csv'}: mean and standard deviation over n seeds")
@@ -100,10 +97,8 @@ def summarize(sweep, names, groups, probes):
             for epoch, found in zip(("best", "final"), both, strict=True):
                 if epoch == "best" and column not in probed:
                     continue
-                mean, std = mean_and_std(found)
-                rows.append(
-                    setting | dict(quantity=column, epoch=epoch, mean=mean, std=std, n=len(logs))
-                )
+                cells = *setting.values(), column, epoch, *mean_and_std(found), len(logs)
+                rows.append(dict(zip(columns, cells, strict=True)))
                 if column.startswith("student"):
                     words = "".join(f"{name} {value:<10} " for name, value in setting.items())
                     words += f"{column:<15} {epoch:<6} {plus_minus(found)} (n = {len(logs)})"

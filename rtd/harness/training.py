@@ -70,11 +70,9 @@ class Training:
                 save()
             raise
         self.world.broadcast(self.loss.buffers())  # batch norm's statistics: the main process's
-        sizes = [len(batch) for batch in batches]
-        means = [self._mean(torch.stack(self.losses), sizes)]
+        means = [self._mean(self.losses, batches)]
         if self.observed:
-            watched = [sizes[i] for i in self.observed_steps]
-            means += self._mean(torch.stack(self.observed), watched)
+            means += self._mean(self.observed, [batches[i] for i in self.observed_steps])
         finite = [x.isfinite().all() for x in (means[0], *self.loss.parameters())]
         if not torch.stack(finite).all():  # one wait for a GPU, not one for each parameter
             self._diverged()  # in all processes
@@ -87,9 +85,8 @@ class Training:
         batches = torch.arange(self.count, device=self.device).split(self.args.batch_size)
         # as in a step, each process sees its part of a batch: SyncBatchNorm waits for all of them
         shares, factors = zip(*map(self.world.share, batches), strict=True)
-        values = evaluate(self.loss, shares)
-        factors = torch.tensor(factors, device=self.device).unsqueeze(1)
-        return self._mean(values * factors, [len(batch) for batch in batches]).tolist()
+        rows = zip(factors, evaluate(self.loss, shares), strict=True)
+        return self._mean([factor * row for factor, row in rows], batches).tolist()
 
     def _step(self, batch):
         mine, factor = self.world.share(batch)  # all of the batch, and 1, in a single process
@@ -112,17 +109,18 @@ class Training:
         if observe:
             self.observed.append(factor * torch.stack(more))
 
-    def _mean(self, values, weights):
-        """Mean over dim 0 of ``values`` with ``weights`` (numbers), and over the processes."""
-        weights = torch.tensor(weights, device=values.device, dtype=values.dtype)
-        return self.world.average(torch.tensordot(weights / weights.sum(), values, dims=1))
+    def _mean(self, values, batches):
+        """Mean of ``values``, a tensor for each of ``batches``, over their images and processes."""
+        weights = torch.tensor([float(len(batch)) for batch in batches], device=self.device)
+        mean = torch.tensordot(weights / weights.sum(), torch.stack(values), dims=1)
+        return self.world.average(mean)
 
     def _diverged(self):
         step = min(len(self.losses) + 1, self.steps)
         hint = ", or --precision fp32" if self.args.precision == "bf16" else ""
         raise Diverged(
-            f"{self.name}: the loss is not finite in epoch {self.epoch}, step {step}; what was "
-            f"saved before stands. Try a smaller --lr than {self.args.lr:g}{hint}"
+            f"{self.name}: the loss is not finite in epoch {self.epoch}, step {step}; "
+            f"try a smaller --lr than {self.args.lr:g}{hint}"
         )
 
     def state(self):
@@ -141,10 +139,7 @@ class Training:
 
 
 def evaluate(classifier, split, data, precision, world):
-    """(accuracy in percent, mean cross-entropy) on a ``Split``, which the processes share.
-
-    data: the ``Dataset`` whose normalisation the images get.
-    """
+    """(accuracy in percent, mean cross-entropy) on a ``Split``, normalised as ``data`` is."""
 
     def answer(images):  # a classifier's features are its logits
         return extract_features(classifier, images, data.mean, data.std, 1000, precision)
