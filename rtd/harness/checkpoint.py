@@ -34,8 +34,8 @@ def load_network(checkpoint, which="student", device="cpu"):
         raise InputError(f"'{which}' is no network of a checkpoint: give one of {', '.join(ROLES)}")
     if not isinstance(checkpoint, dict):
         checkpoint = load_checkpoint(checkpoint)
-    state = checkpoint[which.replace("-", "_")]
-    return network_of(state, **checkpoint["model"]).to(device).eval()
+    network = network_of(checkpoint[which.replace("-", "_")], **checkpoint["model"])
+    return network.to(device).eval()
 
 
 def source_of(data):

@@ -21,11 +21,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with docstring and defaults; a bad flag is one sentence, exit code 2."""
 
     def __init__(self, doc):
-        super().__init__(
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False)
         # argparse takes -1 for a number but -1e-3 for a flag, and a crop around a teacher begins
         # with -0.001; nor is -/lb/fn/wn/l/-, a bottleneck, a flag
         self._negative_number_matcher = re.compile(r"(?i)^-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|/)")
@@ -179,8 +176,7 @@ def note_steps(args, data, world, batch_size=256):
 def load_data(args, world, other=None, probed=None):
     """The data set that --dataset and the flags of ``add_file_flags`` ask for.
 
-    other: the name of another one to be read with the same flags, which has a download or not.
-    probed: see ``load_dataset``; the test images are then its.
+    other: the name of one that is read with the same flags. probed: see ``load_dataset``.
     """
     if args.download and not {args.dataset, other} & set(DOWNLOADABLE):
         raise InputError(f"--download: {args.dataset} has no download")

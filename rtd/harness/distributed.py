@@ -71,11 +71,7 @@ class World:
         return range(self.rank, count, self.size), World()
 
     def data_parallel(self, module):
-        """``module``, its gradients averaged over the processes.
-
-        On CUDA batch norms see the whole batch; on the CPU, where torch has no SyncBatchNorm, each
-        process's see its own part.
-        """
+        """``module``, its gradients averaged over processes; on CUDA norms see whole batches."""
         if self.size == 1:
             return module
         if next(module.parameters()).device.type == "cuda":

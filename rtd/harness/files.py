@@ -140,11 +140,10 @@ def read_csv(path, columns=None):
 
 
 def _parse(cell):
-    try:
-        value = float(cell)
-    except ValueError:
-        return cell or None
-    return int(cell) if cell.lstrip("-").isdecimal() and abs(value) < 2**63 else value
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell or None
 
 
 def read_json(path):

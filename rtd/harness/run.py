@@ -106,7 +106,7 @@ class Run:
         with files.reading(path, "of a run"):
             found, wanted = contents["identity"], self.identity | unit
             odd = [
-                f"{name} was {str(found.get(name))[:60]}, is {str(value)[:60]}"
+                f"{name} was {found.get(name)!s:.60}, is {value!s:.60}"
                 for name, value in wanted.items()
                 if found.get(name) != value
             ]

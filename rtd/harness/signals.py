@@ -13,9 +13,8 @@ class Stopped(BaseException):
 @contextlib.contextmanager
 def _handled(handler):
     """Within the block ``handler`` answers to ``SIGNALS``, unless they are ignored already."""
-    before = {n: signal.getsignal(n) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handler)
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:

@@ -43,9 +43,7 @@ def expand(args):
 
 def label(value):
     """A value of a flag as short text; None, which is what no flag gives, as "default"."""
-    if not isinstance(value, float):
-        return "default" if value is None else str(value)
-    return f"{value:g}" if float(f"{value:g}") == value else str(value)
+    return "default" if value is None else str(value).removesuffix(".0")
 
 
 def run(args, planned, device, world, do, title):
@@ -66,10 +64,9 @@ def run(args, planned, device, world, do, title):
 
     def finish(diverged):
         groups = {}
-        for i, one in enumerate(planned):
-            if i not in diverged:
-                logs = groups.setdefault(tuple(getattr(one, name) for name in names), [])
-                logs.append(files.read_csv(one.out / "log.csv"))
+        for one in [one for i, one in enumerate(planned) if i not in diverged]:
+            setting = tuple(getattr(one, name) for name in names)
+            groups.setdefault(setting, []).append(files.read_csv(one.out / "log.csv"))
         others = {log.parent for log in args.out.glob("*/log.csv")} - {one.out for one in planned}
         if others:
             sweep.say(f"note: {len(others)} other runs in {args.out} are not summed up")

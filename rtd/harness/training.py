@@ -153,11 +153,7 @@ class SupervisedTraining(Training):
     """Training of a classifier with labels to the end of its schedule, tested after each epoch."""
 
     def __init__(self, start, data, stream, run, name):
-        """start: ``rtd.harness.checkpoint.Start``. data: a ``Dataset`` on the device.
-
-        stream: seed and names of batch order and augmentation. run: with the flags of
-        ``cli.add_training_flags``.
-        """
+        """As of ``Training``; start: ``rtd.harness.checkpoint.Start``. data: on the device."""
         self.data = data.with_normalization(start.source)
         generator = random_stream(run.args.seed, "fc-init")
         classifier = build_classifier(start.architecture, start.state, data.num_classes, generator)
