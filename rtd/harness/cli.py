@@ -145,7 +145,7 @@ def add_output_flags(parser, save_every=True):
 
 
 def parse(parser, argv, *distinct):
-    """The flags, --probe in a fixed order; refused are values given twice to ``distinct``."""
+    """The flags, with --probe in a fixed order; ``distinct`` ones may not repeat a value."""
     args = parser.parse_args(argv)
     if getattr(args, "resume", False) and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
@@ -193,7 +193,9 @@ def load_sources(args, world):
         flags = {**vars(args), "dataset": other, "subset": args.probe_subset}
         probed = load_data(argparse.Namespace(**flags), world, args.dataset)
     elif args.probe_subset:
-        raise InputError(f"--probe-subset {args.probe_subset}: give --probe-dataset, or --subset")
+        raise InputError(
+            f"--probe-subset {args.probe_subset}: add --probe-dataset, or use --subset"
+        )
     data = load_data(args, world, other, probed)
     if args.beta and (data.train.labels.min() < 0 or args.out_dim < data.num_classes):
         raise InputError(

@@ -90,7 +90,7 @@ def load_dataset(
 
 
 def fingerprints(data):
-    """SHA-256 of "the training images" and "the test images": all labels, some 1,000 images."""
+    """{"the training images", "the test images": SHA-256 of all labels and some 1,000 images}."""
 
     def digest(split):
         some = split.images[:: max(1, len(split) // 1000)].contiguous()
@@ -100,7 +100,7 @@ def fingerprints(data):
 
 
 def load_digits(size):
-    """scikit-learn's digits, 1,347 and 450, in 17 grey levels, from 8x8 to (3, size, size)."""
+    """scikit-learn's 1,347 + 450 digits, 8x8 with 17 grey levels, brought to (3, size, size)."""
     from sklearn import datasets, model_selection
 
     pixels, labels = datasets.load_digits(return_X_y=True)
@@ -121,7 +121,7 @@ def load_noise(n, like):
 
 
 def _published_split(data_dir, download, size, say, name, which):
-    """A split of one of ``PUBLISHED``, verified by torchvision, resized once, into a cache."""
+    """A split of one of ``PUBLISHED``, verified by torchvision and resized once, into a cache."""
     import torchvision
 
     source, stl10 = getattr(torchvision.datasets, name.upper()), name == "stl10"
@@ -205,9 +205,9 @@ def load_cifar5m(data_dir, n, cifar10, say):
 
 
 def load_folder(data_dir, size, say):
-    """Any images: ``data_dir``/train and ``data_dir``/test (or val), with the same folder a class.
+    """Any images: ``data_dir``/train and ``data_dir``/test (or val) hold a folder for each class.
 
-    They are normalised with the constants of the training images.
+    Normalisation constants are those of the training images.
     """
     root = Path(data_dir)
     held_out = "test" if (root / "test").is_dir() else "val"

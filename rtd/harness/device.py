@@ -25,8 +25,7 @@ def pick_device(name, deterministic=False, launched=False, local_rank=0):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # none is read
     mps = torch.backends.mps.is_available() and not launched  # gloo, torchrun's way, has no MPS
-    has = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    available = [kind for kind in has if has[kind]]
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
     if name == "auto":
         name = available[0]
     if name not in available:

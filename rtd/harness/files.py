@@ -131,7 +131,7 @@ def write_csv(path, columns, rows):
 
 
 def read_csv(path, columns=None):
-    """The rows of a table, of int, float, None for nothing, and str; InputError if it is none."""
+    """A table's rows of int, float, str and None; InputError if damaged or without ``columns``."""
     with reading(path, "a CSV table"), open(path, **TEXT) as file:
         header, *lines = csv.reader(file, strict=True)
         if columns and header != list(columns):

@@ -64,12 +64,11 @@ class Run:
         for name, value in self.config["flags"].items():
             if name not in (*RUNNING, *may_change):
                 self.identity[f"--{name.replace('_', '-')}"] = value
-        read = {spec: Path(path_of(spec)) for spec in networks if spec}
-        read = {spec: path for spec, path in read.items() if path.is_file()}
-        self.identity |= images | {spec: files.sha256(path) for spec, path in read.items()}
+        read = [spec for spec in networks if spec and Path(path_of(spec)).is_file()]
+        self.identity |= images | {spec: files.sha256(path_of(spec)) for spec in read}
         self.config["identity"] = self.identity
         self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
-        world.in_main(lambda: self._open(products, read.values()))
+        world.in_main(lambda: self._open(products, map(path_of, read)))
 
     def _open(self, products, read):
         folder, args, config = self.folder, self.args, self.folder / "config.json"
@@ -87,7 +86,7 @@ class Run:
         if continued:
             self._check(config, files.read_json(config))
         old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
-        if lost := {path.resolve() for path in old} & {path.resolve() for path in read}:
+        if lost := {path.resolve() for path in old} & {Path(path).resolve() for path in read}:
             raise InputError(f"--overwrite would delete {min(lost)}, which this run reads; move it")
         # and what ``atomic_write`` leaves if it is killed
         for pattern in map(Path, (*products, "config.json")):
