@@ -17,10 +17,7 @@ from rtd.init import random_stream
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, 3, H, W) uint8, or float32 that is normalised already. labels: (N,) int64.
-
-    Both are on one device.
-    """
+    """images: (N, 3, H, W) uint8, or float32 that is normalised already. labels: (N,) int64."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -34,10 +31,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test split, class count, and each channel's mean and standard deviation.
-
-    The last two are in units of [0, 1] pixels.
-    """
+    """mean, std: of each channel, in units of [0, 1] pixels."""
 
     name: str
     train: Split
@@ -50,7 +44,7 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def with_normalization(self, source):
-        """The same images, normalised with "mean" and "std" of a checkpoint's "data"."""
+        """The same images, to be normalised with "mean" and "std" of a checkpoint's "data"."""
         return replace(self, mean=tuple(source["mean"]), std=tuple(source["std"]))
 
 
@@ -79,10 +73,7 @@ def balanced_subset(labels, n, generator):
     """
     labels = labels.cpu()
     if not 1 <= n <= len(labels):
-        raise InputError(
-            f"a subset of {n} images was asked for, but the split has {len(labels)}: "
-            f"choose 1 to {len(labels)}"
-        )
+        raise InputError(f"a subset of {n} images cannot be taken: choose 1 to {len(labels)}")
     order = torch.randperm(len(labels), generator=generator)
     # an image's turn within its class: all first turns are taken before any second
     turn = torch.empty_like(labels)
@@ -95,7 +86,7 @@ def balanced_subset(labels, n, generator):
 def take(split, n, which):
     """The class-balanced subset of ``n`` images of ``split``, or all of them if n is None.
 
-    which: the split's name. The subset is the same for every seed of a run.
+    which: a name for the draw, which is the same for every seed of a run.
     """
     if n is None:
         return split
@@ -104,10 +95,7 @@ def take(split, n, which):
 
 
 def channel_statistics(images):
-    """Each channel's mean and standard deviation over (N, 3, H, W) uint8 images.
-
-    They are in units of [0, 1] pixels.
-    """
+    """(mean, std) of each channel of (N, 3, H, W) uint8 images, in units of [0, 1] pixels."""
     counts = [c.flatten().bincount(minlength=256) for c in images.unbind(1)]
     counts = torch.stack(counts).double()  # (3, 256)
     values = torch.arange(256).double() / 255
@@ -120,11 +108,6 @@ def resize(images, size):
     """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, bilinear with antialiasing."""
     if images.shape[2:] == (size, size):
         return images
-    resized = [  # in parts, because a float takes four times a byte's memory
-        F.interpolate(part.float(), size=size, mode="bilinear", antialias=True)
-        .round_()
-        .clamp_(0, 255)
-        .byte()
-        for part in images.split(1000)
-    ]
-    return torch.cat(resized)
+    interpolate = functools.partial(F.interpolate, size=size, mode="bilinear", antialias=True)
+    # in parts, because a float takes four times a byte's memory
+    return torch.cat([interpolate(part.float()).round_().byte() for part in images.split(1000)])

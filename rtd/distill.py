@@ -9,8 +9,8 @@ soft-max are computed once, and a step forms the teacher's outputs from them wit
 
 Under bf16 the teacher's answers are still computed in float32, and so are the student's first
 steps: next to its teacher (alpha = 1e-10) the student differs from it by less than bf16 resolves.
-There bf16 gives either a gradient of exactly zero or, against a float32 teacher, one that is all
-rounding error, and Adam turns either into a first step from which VGG11 may not recover.
+A gradient there would be zero or all rounding error, and Adam turns either into a first step from
+which VGG11 may not recover.
 """
 
 import torch
@@ -39,9 +39,9 @@ def adamw(student, lr=0.001, weight_decay=0.0, bias_decay=0.0):
 def teacher_answers(teacher, mean, std, temperature, images, batch_size=256, progress=iter):
     """What ``teacher`` says about (N, 3, H, W) images, in float32 and eval mode: (N, K + 1).
 
-    The first K numbers are the bottleneck vector, the last is the normaliser of the soft-max; for 5
-    million images and K = 256 that is 5 GB. mean, std: the images' normalisation. progress: an
-    iterator over a list, which may say how far it is.
+    The first K numbers are the bottleneck vector, the last is the normaliser of the soft-max; a
+    million images take 1 GB for K = 256. mean, std: the images' normalisation. progress: iterates
+    over a list, and may say how far it is.
     """
     teacher.eval()
     weight = teacher.head.l2_bottleneck.normalized_weight()
@@ -58,8 +58,7 @@ class FrozenTeacher:
 
     def __init__(self, teacher, answers):
         """answers: (N, K + 1) of ``teacher_answers``, for all training images."""
-        with torch.no_grad():
-            self.weight = teacher.head.l2_bottleneck.normalized_weight().contiguous()
+        self.weight = teacher.head.l2_bottleneck.normalized_weight().detach()
         self.answers = answers
 
     def answer(self, images, index):
@@ -72,10 +71,7 @@ class FrozenTeacher:
 
 
 class MovingTeacher:
-    """A teacher that follows its student (section 3).
-
-    After each step, theta_T <- (1 - gamma) theta_T + gamma theta_S.
-    """
+    """A teacher that follows its student: theta_T <- (1 - gamma) theta_T + gamma theta_S."""
 
     def __init__(self, teacher, gamma, temperature=1.0):
         self.network, self.gamma, self.temperature = teacher.eval(), gamma, temperature
@@ -101,11 +97,11 @@ class Distiller(nn.Module):
     def __init__(
         self, student, teacher, data, kind="ce", temperature=1.0, beta=0.0, compiled=False
     ):
-        """student: a Network. teacher: a ``FrozenTeacher`` or ``MovingTeacher``. data: of training.
+        """student: a Network. teacher: a ``FrozenTeacher`` or ``MovingTeacher``.
 
-        kind: the loss, see ``rtd.last_layer``. temperature: of the student's outputs. beta: weight
-        of the labels' cross-entropy, as section 3 writes it: label c is output c of the m, without
-        temperature. compiled: run the student through torch.compile; the one trained stays plain.
+        data: the ``Dataset``. kind: the loss, see ``rtd.last_layer``. temperature: of the student's
+        outputs. beta: weight of the labels' cross-entropy (section 3), in which label c is output c
+        of the m, without temperature. compiled: whether torch.compile speeds up the student.
         """
         super().__init__()
         self.student, self.teacher, self.data = student, teacher, data
@@ -118,18 +114,12 @@ class Distiller(nn.Module):
         """Nothing: images are not augmented."""
 
     def after_step(self):
-        """Let a teacher that moves follow the student; drop the gradients.
-
-        One lies in the workspace, which the next forward pass needs.
-        """
+        """Let the teacher follow; drop the gradients, whose memory the next forward pass needs."""
         self.teacher.follow(self.student)
         self.zero_grad()
 
     def forward(self, index, observe=False, precision="fp32"):
-        """index: (B,) positions of training images -> ``LastLayerLoss``.
-
-        KL and entropies are in it if ``observe``.
-        """
+        """index: (B,) positions of training images -> ``LastLayerLoss``, whole if ``observe``."""
         train = self.data.train
         images = normalize(train.images[index], self.data.mean, self.data.std)
         with autocast(images.device, precision):
@@ -156,11 +146,7 @@ class Distiller(nn.Module):
 
 @torch.no_grad()
 def distance(network, start):
-    """|theta - theta_start|_2 over the parameters of encoder, head and all (App. D, Fig. 17).
-
-    start: the network's state dict at the start, best on its device. Returns distance_encoder,
-    distance_head and distance_total.
-    """
+    """|theta - theta_start|_2 over encoder, head and all (App. D, Fig. 17); start: a state dict."""
     # pairwise summation of each tensor, in doubles over them; a GPU is waited for once
     parameters = dict(network.named_parameters())
     squares = [(p - start[name].to(p.device)).square().sum() for name, p in parameters.items()]

@@ -14,6 +14,8 @@ for the last layer; "wn" weight norm, "l" linear, "lb" linear with bias, "fn" fe
 nothing.
 """
 
+from itertools import product
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -26,14 +28,9 @@ SLOTS = (("-", "wn"), ("-", "l", "lb"), ("-", "fn"), ("-", "wn"), ("l",), ("-", 
 def parse_slots(text):
     """ "-/lb/fn/wn/l/-" -> its six slots. Raises InputError where they do not go together."""
     slots = tuple(text.split("/"))
-    if len(slots) != len(SLOTS) or any(
-        slot not in allowed for slot, allowed in zip(slots, SLOTS, strict=True)
-    ):
+    if slots not in product(*SLOTS):
         form = ", ".join(" or ".join(allowed) for allowed in SLOTS)
-        raise InputError(
-            f"--bottleneck {text}: give wn1/lin1/fn1/wn2/lin2/fn2, which are {form}; the paper's "
-            f"is {PAPER_SLOTS}"
-        )
+        raise InputError(f"--bottleneck {text}: give wn1/lin1/fn1/wn2/lin2/fn2, which are {form}")
     if slots[:2] == ("wn", "-"):
         raise InputError(f"--bottleneck {text}: wn1 normalises the weights of lin1, but lin1 is -")
     return slots
@@ -59,9 +56,9 @@ class L2Bottleneck(nn.Module):
     def bottleneck(self, x):
         """(B, in_dim) -> (B, bottleneck_dim) what the last layer sees: the paper's unit vectors.
 
-        They are in the parameters' precision also under autocast. A normalisation of the outputs
-        (slot fn2) is in here too: y / |y| with y = V^T z is V^T (z / |y|), so that whoever has the
-        bottleneck's output is one product away from the head's.
+        They have the parameters' precision also under autocast. A normalisation of the outputs
+        (slot fn2) happens here too, as y / |y| with y = V^T z is V^T (z / |y|): so the head's
+        outputs are always one product away.
         """
         if self.first_weight_norm:
             x = F.linear(x, F.normalize(self.linear.weight, dim=1), self.linear.bias)
@@ -76,10 +73,7 @@ class L2Bottleneck(nn.Module):
         return z
 
     def normalized_weight(self):
-        """(out_dim, bottleneck_dim): V~, normalised at every call, or V where it is raw.
-
-        In training ``rtd.last_layer`` does the same by blocks.
-        """
+        """(out_dim, bottleneck_dim): V~, normalised at every call, or V where it is raw."""
         weight = self.last_layer.weight
         return F.normalize(weight, dim=1) if self.weight_norm else weight
 

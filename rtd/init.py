@@ -7,7 +7,6 @@ touches torch's global generator.
 
 import hashlib
 import math
-from functools import partial
 
 import torch
 from torch import nn
@@ -25,24 +24,21 @@ def random_stream(seed, *names):
 def init_encoder_(encoder, generator):
     """Kaiming initialisation, in place: N(0, 2 / fan_out) for all weights, biases 0.
 
-    Norm layers start as the identity: gain 1, bias 0, running mean 0 and variance 1. Fan-out mode
-    and the gain sqrt(2) are torchvision's for ResNet; the last norm gain of a residual branch is
-    not zeroed. In a ViT, query, key and value are a linear layer each; the class token starts at 0
-    and the position embedding as N(0, 0.02^2), torchvision's.
-
-    Raises ValueError for other layers with parameters, which would keep what stood in their memory.
+    Fan-out mode and the gain sqrt(2) are torchvision's for ResNet. Norm layers start as the
+    identity, also at the end of a residual branch. In a ViT, query, key and value are a linear
+    layer each; the class token starts at 0 and the position embedding as N(0, 0.02^2),
+    torchvision's. Raises ValueError for other layers with parameters, which would keep what stood
+    in their memory.
     """
-    kaiming_ = partial(
-        nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu", generator=generator
-    )
+    options = {"mode": "fan_out", "nonlinearity": "relu", "generator": generator}
     for module in encoder.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            kaiming_(module.weight)
+            nn.init.kaiming_normal_(module.weight, **options)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.MultiheadAttention):  # its output projection is an nn.Linear
             for weight in module.in_proj_weight.chunk(3):
-                kaiming_(weight)
+                nn.init.kaiming_normal_(weight, **options)
             nn.init.zeros_(module.in_proj_bias)
         elif hasattr(module, "class_token"):  # torchvision's VisionTransformer
             nn.init.zeros_(module.class_token)
@@ -68,15 +64,22 @@ def init_head_(head, generator):
     return head
 
 
+def init_linear_(layer, generator):
+    """U(-1/sqrt(d), 1/sqrt(d)) for weights and biases, d inputs: torch's default, in place."""
+    bound = 1 / math.sqrt(layer.in_features)
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return layer
+
+
 @torch.no_grad()
 def init_student_(student, teacher, alpha):
     """theta_S(alpha) = ((1 - alpha) theta_T + alpha theta~) / delta, in place (section 3).
 
-    ``student`` comes in as the fresh draw theta~ and leaves as theta_S(alpha).
-    delta = sqrt(alpha^2 + (1 - alpha)^2) keeps the variance of each weight for every alpha in
-    [0, 1]. All parameters are mixed (so a batch norm's gain, 1 in both, becomes 1 / delta); buffers
-    keep their fresh values. In float32, alpha = 1e-10 leaves all but about 0.15 % of the entries
-    equal to the teacher's.
+    ``student`` comes in as the fresh draw theta~ and leaves as theta_S(alpha), alpha in [0, 1].
+    delta = sqrt(alpha^2 + (1 - alpha)^2) keeps the variance of each weight. All parameters are
+    mixed (so a batch norm's gain, 1 in both, becomes 1 / delta); buffers keep their fresh values.
+    In float32, alpha = 1e-10 leaves all but about 0.15 % of the entries equal to the teacher's.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")

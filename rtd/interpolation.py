@@ -3,9 +3,9 @@
     theta(gamma) = (1 - gamma) theta_a + gamma theta_b,                      gamma in [0, 1]
     theta(x, y)  = (1 - p - q) theta_0 + p theta_1 + q theta_2,              (p, q) linear in (x, y)
 
-Figs. 5 and 13 to 16 show planes. Networks with batch norm carry running statistics beside their
-parameters. On the line these can be interpolated too, or estimated anew from training images
-("recompute"): activations of a mixture of two networks are not mixtures of theirs.
+Figs. 5 and 13 to 16 show planes. Batch norm's running statistics can be interpolated too, or
+estimated anew from training images, as activations of a mixture of networks are no mixtures of
+theirs.
 """
 
 import torch
@@ -36,19 +36,19 @@ def interpolate(a, b, gamma):
 
 @torch.no_grad()
 def recompute_batch_norm_(network, batches):
-    """Estimate the running statistics of all batch norms of ``network`` anew, in place.
+    """Set the running statistics of all batch norms to their averages over ``batches``, in place.
 
-    They become the averages over ``batches``, an iterable of its inputs. Nothing happens to a
-    network without batch norm. The network's mode is restored.
+    batches: an iterable of inputs, not touched for a network without batch norm. The network's mode
+    is restored.
     """
     norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
     momenta, was_training = [norm.momentum for norm in norms], network.training
     for norm in norms:
         norm.reset_running_stats()
     network.train()
-    for i, batch in enumerate(batches if norms else ()):
+    for i, batch in enumerate(batches if norms else (), start=1):
         for norm in norms:
-            norm.momentum = 1 / (i + 1)  # None means the same, but waits for a GPU in each norm
+            norm.momentum = 1 / i  # None means the same, but waits for a GPU in each norm
         network(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -62,8 +62,8 @@ class Plane:
     orthonormal basis of the same plane, so that distances and angles are those of parameter space
     (Figs. 13 to 16); the first axis points from theta_0 to theta_1, the second to theta_2's side.
 
-    Any point is an affine combination of the three, so no basis vector is ever stored: ``basis``, a
-    (2, 2) float64 tensor, turns (x, y) into (p, q).
+    Any point is an affine combination of the three: ``basis``, (2, 2) float64, turns (x, y) into
+    (p, q), and no basis vector is ever stored.
     """
 
     def __init__(self, states, names, kind="interpolation"):
@@ -88,17 +88,8 @@ class Plane:
 
     def to(self, device):
         """Move the three networks, so that ``write_`` copies nothing between devices."""
-        states = self.states
-        self.states = [{name: x.to(device) for name, x in state.items()} for state in states]
+        self.states = [{name: x.to(device) for name, x in s.items()} for s in self.states]
         return self
-
-    def weights(self, x, y):
-        """The three networks' weights at (x, y); they sum to 1.
-
-        At the corners of an interpolation plane they are exactly 0 and 1.
-        """
-        p, q = (self.basis @ torch.tensor([x, y], dtype=torch.float64)).tolist()
-        return 1 - p - q, p, q
 
     def corners(self):
         """Coordinates of the three networks: [(x, y)] * 3."""
@@ -111,15 +102,15 @@ class Plane:
 
         Batch norm's statistics are interpolated likewise, with variances of at least 0.
         """
-        weights = self.weights(x, y)
-        if sorted(weights) == [0, 0, 1]:  # bit for bit: 0 x -1 + -0 would lose a sign
-            network.load_state_dict(self.states[weights.index(1)])
+        p, q = (self.basis @ torch.tensor([x, y], dtype=torch.float64)).tolist()
+        r = 1 - p - q
+        if sorted((r, p, q)) == [0, 0, 1]:  # bit for bit: 0 x -1 + -0 would lose a sign
+            network.load_state_dict(self.states[(r, p, q).index(1)])
             return network
         for name, tensor in network.state_dict().items():
             if tensor.is_floating_point():
-                a, b, c = (state[name] for state in self.states)
-                torch.mul(a, weights[0], out=tensor).add_(b, alpha=weights[1])
-                tensor.add_(c, alpha=weights[2])
+                start, one, two = (state[name] for state in self.states)
+                torch.mul(start, r, out=tensor).add_(one, alpha=p).add_(two, alpha=q)
                 if name.endswith("running_var"):
                     tensor.clamp_(min=0)
         return network

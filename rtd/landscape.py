@@ -45,10 +45,8 @@ def teacher_side(z_t, weight_t):
 def divergences(z, weight, z_t, weight_t, lme_t, entropy_t):
     """Sums over images of KL, cross-entropy, MSE and student entropy (``MEASURES``): (4,).
 
-    ``rtd.last_layer.last_layer_loss`` has them too, but takes several times as long for all four.
-
     z, z_t: (B, K) bottleneck vectors. weight, weight_t: (m, K) last layers, normalised. lme_t,
-    entropy_t: ``teacher_side``.
+    entropy_t: ``teacher_side``. (``last_layer_loss`` would take several times as long.)
     """
     m, a, b, square, inner = len(weight), *(torch.zeros_like(lme_t) for _ in range(4))
     slices = blocks(m, BLOCK, z.device)
@@ -88,9 +86,8 @@ class Landscape:
     def __init__(self, teacher, data, encoder_only=False, precision="fp32", batch_size=256):
         """teacher: a Network in eval mode, on the device of ``data``, whose images are judged on.
 
-        precision: of encoder and hidden layers, also the teacher's. The error of bf16 is then
-        common to both sides and the KL at the teacher is 0, but a KL below about 1e-4 elsewhere is
-        mostly rounding error.
+        precision: of encoder and hidden layers, also the teacher's, so that the KL at the teacher
+        is 0. With bf16, a KL below about 1e-4 elsewhere is mostly rounding error.
         """
         self.data, self.encoder_only, self.precision = data, encoder_only, precision
         splits = {"train": data.train.images, "test": data.test.images}
@@ -100,7 +97,7 @@ class Landscape:
             self.sides.append(outputs if encoder_only else (*outputs, *teacher_side(*outputs)))
 
     def _outputs(self, network):
-        """For each batch the split, its embedding (B, D), and what the divergences take.
+        """For each batch its split, its embedding (B, D), and what the divergences take.
 
         That is the embedding if encoder_only, else the bottleneck (B, K) and the last layer.
         """
@@ -115,20 +112,18 @@ class Landscape:
                 yield name, f, (f,) if self.encoder_only else (z, weight)
 
     def recompute_batch_norm_(self, network):
-        """Estimate the statistics of the encoder's batch norms anew from the training images.
-
-        Each batch takes images from all over the set, which may be sorted by class.
-        """
+        """Estimate the statistics of the encoder's batch norms anew from the training images."""
         images = self.images["train"]
         count = math.ceil(len(images) / self.batch_size)
+        # each batch takes images from all over the set, which may be sorted by class
         recompute_batch_norm_(network.encoder, (images[i::count] for i in range(count)))
 
     @torch.no_grad()
     def evaluate(self, network, probes=(), **options):
         """{"train_kl": ..., "test_student_entropy": ..., "linear": ..., "knn": ...}.
 
-        They are means over the images, and the ``probes`` with ``options`` of ``rtd.probes.probe``;
-        what is not finite is nan. network: in eval mode.
+        Means over the images come first, then ``probes`` with ``options`` of ``rtd.probes.probe``;
+        what is not finite becomes nan. network: in eval mode.
         """
         totals, features = dict.fromkeys(self.images, 0), {name: [] for name in self.images}
         compare = embedding_divergences if self.encoder_only else divergences
@@ -157,7 +152,7 @@ def asymmetry(rows, teacher=(0.0, 0.0)):
     """[(eps, KL at -eps, KL at +eps, their ratio)] along x around the teacher (Fig. 5's valley).
 
     rows: of landscape.csv. teacher: its coordinates. The nearest come first. Only points with a
-    mirror image and a finite KL above 0 count; coordinates need agree to 6 digits only.
+    mirror image, to 6 digits, and a finite KL above 0 count.
     """
     x0, y0 = teacher
     near = 1e-7 * max((abs(row["x"] - x0) for row in rows), default=0)

@@ -9,8 +9,7 @@ and moves each through memory. But all that leaves the last layer is a loss and 
     dL/dz_s = V~_s^T G,  dL/dV~_s = G z_s^T
 
 so the student's logits are kept once, as (outputs, images), and all else lives for one block of
-outputs. The teacher's normaliser depends on the image alone and comes in precomputed where the
-teacher is frozen (``rtd.distill``).
+outputs. A frozen teacher's normaliser comes in precomputed (``rtd.distill``).
 """
 
 import functools
@@ -57,14 +56,13 @@ class Workspace:
         return buffer[:size].view(shape)
 
 
-def _by_convolution(a, b):
-    """Whether to form a product as a 1x1 convolution.
+def _by_convolution(a):
+    """Whether to form a product with ``a`` as a 1x1 convolution.
 
     On CPUs oneDNN does those with vectors as wide as the processor has. float32 products of
-    matrices go to MKL, which on some processors with AVX-512 uses half of that and takes twice as
-    long.
+    matrices go to MKL, which on some with AVX-512 uses half of that and takes twice as long.
     """
-    if a.device.type != "cpu" or not a.dtype == b.dtype == torch.float32:
+    if a.device.type != "cpu" or a.dtype != torch.float32:
         return False
     cpu = torch.backends.cpu.get_cpu_capability()
     return torch.backends.mkldnn.is_available() and "AVX512" in cpu
@@ -88,7 +86,7 @@ def _image(rows):
 
 def _mm(a, b, out):
     """a @ b, written to ``out``, whose dtype may be another than that of ``a`` and ``b``."""
-    if _by_convolution(a, b):
+    if _by_convolution(a):
         return out.copy_(F.conv2d(_image(a), b.T[:, :, None, None])[0, :, 0].T)
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
@@ -98,7 +96,7 @@ def _mm(a, b, out):
 
 def _mm_transposed(a, b, dtype):
     """a.T @ b, in ``dtype`` if that can be; as a gradient of the weight where ``_mm`` convolves."""
-    if _by_convolution(a, b):
+    if _by_convolution(a):
         return conv2d_weight(_image(b), (a.shape[1], b.shape[1], 1, 1), _image(a))[:, :, 0, 0]
     return torch.mm(a.T, b, **({} if a.dtype == dtype else _wide(a.dtype, a.device)))
 
@@ -147,7 +145,7 @@ def _diagnostics(s, t, lme, lme_t):
 
 
 def _forward_backward(
-    z, weight, z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, workspace, with_grad
+    z, weight, z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, with_grad, workspace
 ):
     """Loss, diagnostics, dloss/dz and dloss/dweight; see ``last_layer_loss`` for the arguments."""
     m, batch, norm = len(weight), len(z), None
@@ -210,21 +208,18 @@ class _Function(torch.autograd.Function):
     def forward(ctx, z, weight, *arguments):
         ctx.workspace = arguments[-1]
         ctx.workspace.turn = ctx.turn = ctx.workspace.turn + 1
-        result, *gradients = _forward_backward(z, weight, *arguments, with_grad=True)
-        ctx.gradients = gradients  # not save_for_backward, so that autograd may keep them uncopied
+        # not save_for_backward, so that autograd may keep them uncopied
+        result, *ctx.gradients = _forward_backward(z, weight, *arguments)
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         return tuple(result)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         if ctx.turn != ctx.workspace.turn:
-            raise RuntimeError(
-                "another loss was computed in the same workspace before this one's backward: "
-                "call that first"
-            )
+            raise RuntimeError("call backward before the next loss in the same workspace")
         grad_z, grad_weight = ctx.gradients
         del ctx.gradients
-        return grad_z.mul_(grad_loss), grad_weight.mul_(grad_loss), *(None,) * 8
+        return grad_z.mul_(grad_loss), grad_weight.mul_(grad_loss), *(None,) * 9
 
 
 def last_layer_loss(
@@ -242,23 +237,20 @@ def last_layer_loss(
     """Loss between the outputs of the student's and the teacher's last layer, with gradients.
 
     z, z_t: (B, K) bottleneck vectors of student and teacher. weight: (m, K) the student's raw last
-    layer, normalised here unless ``weight_norm`` is False. weight_t: (m, K) the teacher's, which is
-    normalised already (``L2Bottleneck.normalized_weight``). lme_t: (B,) the teacher's
-    ``output_log_mean_exp`` where it is known. kind: "ce", "kl" or "mse" (``rtd.losses``). dtype: in
-    which the products with the weights are formed, by default z's; everything else is in z's dtype.
-    workspace: a ``Workspace`` to reuse, in which the weight's gradient will lie, so that the next
-    call with it overwrites that.
+    layer, normalised here unless ``weight_norm`` is False. weight_t: (m, K) the teacher's, already
+    normalised (``L2Bottleneck.normalized_weight``). lme_t: (B,) the teacher's
+    ``output_log_mean_exp`` where it is known. kind: one of ``LOSSES`` (``rtd.losses``). dtype: in
+    which products with the weights are formed, by default z's, which everything else has.
+    workspace: a ``Workspace`` to reuse; the next call with it overwrites the weight's gradient.
 
-    Returns a ``LastLayerLoss``. Backward may be called once (the weight's gradient is handed out
-    without a copy), and, with a workspace, before the next call: else it raises RuntimeError.
+    Returns a ``LastLayerLoss``. Backward may be called once, as gradients are handed out uncopied.
+    It raises RuntimeError if the workspace was given to another call before.
     """
     if kind not in LOSSES:
         raise ValueError(f"kind must be one of {LOSSES}, not {kind!r}")
     dtype, workspace = dtype or z.dtype, workspace or Workspace()
     if lme_t is None:
         lme_t = output_log_mean_exp(z_t, weight_t, dtype)
-    arguments = z_t, weight_t, lme_t, kind, weight_norm, dtype, diagnostics, workspace
+    options = kind, weight_norm, dtype, diagnostics, torch.is_grad_enabled(), workspace
     with torch.autocast(z.device.type, enabled=False):
-        if torch.is_grad_enabled():
-            return LastLayerLoss(*_Function.apply(z, weight, *arguments))
-        return _forward_backward(z, weight, *arguments, with_grad=False)[0]
+        return LastLayerLoss(*_Function.apply(z, weight, z_t, weight_t, lme_t, *options))

@@ -1,7 +1,6 @@
 """Losses between the outputs of teacher and student (section 3, App. A), accurate where tiny.
 
-These are the definitions, on (B, m) logits. Training computes the same in ``rtd.last_layer`` from
-the head's bottleneck, without ever holding those.
+These are the definitions, on (B, m) logits, which training never holds (``rtd.last_layer``).
 
 With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
 
@@ -9,15 +8,13 @@ With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
     entropy        H(p)        = -sum p   log p          about log m = 11.09 for both
     KL             KL          = H(p_t, p_s) - H(p_t)    1e-7 to 1e-3: what is logged
 
-The gradient of cross-entropy and KL with respect to s is the same, p_s - p_t. The KL must not be
-computed as that difference: float32 resolves numbers around 11 to 1e-6. Because sum (p_s - p_t) =
-0,
+Cross-entropy and KL have the same gradient with respect to s, p_s - p_t. The KL must not be
+computed as that difference: float32 resolves numbers around 11 to 1e-6. As sum (p_s - p_t) = 0,
 
     KL = sum p_t phi(d),   d = log p_s - log p_t,   phi(x) = exp(x) - 1 - x >= 0,
 
-a sum of terms of one sign, each of the size of the result. Likewise log p = s - logmeanexp(s) - log
-m is kept as two numbers, of which the first (s - logmeanexp(s), about 0.1) is held to 1e-8 in
-float32 and the second is a constant.
+a sum of terms of one sign, each of the size of the result. Likewise log p is kept as two numbers:
+s - logmeanexp(s), about 0.1, which float32 holds to 1e-8, and the constant -log m.
 """
 
 import math

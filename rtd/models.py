@@ -2,28 +2,24 @@
 
 An encoder maps normalised images to an embedding, the representation that the probes judge:
 
-* VGG11, 13, 16, 19 are torchvision's convolutional ``features`` without batch norm, flattened: no
-  average pool, no classifier, no dropout (VGG11: 9,220,480 parameters; 512 dimensions at 32x32).
+* VGG11, 13, 16, 19 are torchvision's convolutional ``features``, flattened: no average pool, no
+  classifier, no dropout (VGG11: 9,220,480 parameters; 512 dimensions at 32x32).
 * ResNet18, 34, 50 are torchvision's with the CIFAR stem: a 3x3 convolution of stride 1 instead of
-  7x7 of stride 2, no max pool, no classification layer (ResNet18: 11,168,832 parameters; 512
-  dimensions, ResNet50 2,048).
-* ResNet20, 56 are the narrow three-stage networks that He et al. (2016) made for CIFAR-10, of
-  torchvision's blocks, with projection shortcuts (ResNet20: 271,824 parameters; 64 dimensions).
-  They are the ones for quick looks.
-* ViT-Tiny, Small, Medium, Base are torchvision's VisionTransformer with 8x8 patches, 12 blocks and
-  no classification layer (ViT-Tiny: 5,379,264 parameters; 192 dimensions). Table 5's counts
-  (594,048) are those of 16x16 patches and one block whose weights all 12 share; the text says
-  patches of 8.
+  7x7 of stride 2, no max pool, no classifier (ResNet18: 11,168,832 parameters; 512 dimensions,
+  ResNet50 2,048).
+* ResNet20, 56 are the narrow networks that He et al. (2016) made for CIFAR-10, with projection
+  shortcuts (ResNet20: 271,824 parameters; 64 dimensions). They are the ones for quick looks.
+* ViT-Tiny, Small, Medium, Base are torchvision's with 8x8 patches, 12 blocks and no classifier
+  (ViT-Tiny: 5,379,264 parameters; 192 dimensions). Table 5's counts (594,048) are those of 16x16
+  patches and one block whose weights all 12 share; the text says patches of 8.
 
 Norm layers (Fig. 11) stand between convolution and ReLU. VGG has none and ResNet batch norm unless
 another is asked for.
-
-``random_network`` makes a network with values drawn from a generator, ``network_of`` one with given
-values.
 """
 
 from collections import OrderedDict
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -61,8 +57,7 @@ def _resnet(name, norm, image_size):
 
     model = getattr(resnet, name)(norm_layer=NORMS[norm or "batch"])
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    model.fc = nn.Identity()
+    model.maxpool = model.fc = nn.Identity()
     return model
 
 
@@ -72,16 +67,13 @@ def _narrow_resnet(blocks, norm, image_size):
 
     norm = NORMS[norm or "batch"]
     convolution = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
-    layers, width = [convolution, norm(16), nn.ReLU(inplace=True)], 16
-    for planes in (16, 32, 64):
-        for _ in range(blocks):
-            stride, shortcut = 1, None
-            if width != planes:
-                stride = 2
-                convolution = nn.Conv2d(width, planes, 1, stride, bias=False)
-                shortcut = nn.Sequential(convolution, norm(planes))
-            layers.append(BasicBlock(width, planes, stride, shortcut, norm_layer=norm))
-            width = planes
+    layers = [convolution, norm(16), nn.ReLU(inplace=True)]
+    for width, planes in pairwise([16] + [16] * blocks + [32] * blocks + [64] * blocks):
+        stride, shortcut = planes // width, None
+        if stride == 2:
+            convolution = nn.Conv2d(width, planes, 1, stride, bias=False)
+            shortcut = nn.Sequential(convolution, norm(planes))
+        layers.append(BasicBlock(width, planes, stride, shortcut, norm_layer=norm))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -91,17 +83,9 @@ def _vit(width, heads, norm, image_size):
     if norm:
         raise InputError(f"--norm {norm}: a ViT has layer norms of its own; leave it out")
     if image_size % 8:
-        raise InputError(
-            f"--image-size {image_size}: a ViT cuts images into 8x8 patches; choose a multiple of 8"
-        )
-    model = VisionTransformer(
-        image_size,
-        patch_size=8,
-        num_layers=12,
-        num_heads=heads,
-        hidden_dim=width,
-        mlp_dim=4 * width,
-    )
+        raise InputError(f"--image-size {image_size}: ViT patches are 8x8; choose a multiple of 8")
+    sizes = {"num_heads": heads, "hidden_dim": width, "mlp_dim": 4 * width}
+    model = VisionTransformer(image_size, patch_size=8, num_layers=12, **sizes)
     model.heads = nn.Identity()
     return model
 
@@ -123,8 +107,7 @@ def build_encoder(encoder, norm=None, image_size=32):
     """The encoder called ``encoder``, on the meta device: it has shapes, but no values.
 
     norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in
-    pixels. Raises InputError for names that are not in ``ENCODERS``, norms that do not go with them
-    and sizes that a ViT cannot cut into patches of 8x8.
+    pixels. Raises InputError for unknown encoders, and for norms and sizes that a ViT cannot have.
     """
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder '{encoder}': choose one of {', '.join(ENCODERS)}")
@@ -134,11 +117,9 @@ def build_encoder(encoder, norm=None, image_size=32):
 
 def embedding_dim(encoder, image_size=32):
     """Width of the embedding of (3, image_size, image_size) images by a ``build_encoder``."""
-    with torch.no_grad():
-        images = torch.empty(1, 3, image_size, image_size, device="meta")
-        width = encoder.eval()(images).shape[1]
-    encoder.train()  # as it was built
-    return width
+    with torch.no_grad(), torch.device("meta"):
+        images = torch.empty(2, 3, image_size, image_size)  # batch norm would refuse a single one
+        return encoder(images).shape[1]
 
 
 class Network(nn.Module):
@@ -167,23 +148,22 @@ def build_network(
     norm=None,
     image_size=32,
 ):
-    """A ``Network`` with the encoder ``build_encoder`` makes and the paper's head, without values.
+    """A ``Network`` of a ``build_encoder`` and the paper's head, without values.
 
-    bottleneck: its six slots, see ``rtd.head.L2Bottleneck``. Raises InputError as that and
-    ``build_encoder`` do.
+    bottleneck: its six slots (``rtd.head``). Raises InputError as ``build_encoder`` does, and for
+    slots that do not go together.
     """
     encoder = build_encoder(encoder, norm, image_size)
+    width = embedding_dim(encoder, image_size)
     with torch.device("meta"):
-        head = ProjectionHead(
-            embedding_dim(encoder, image_size), hidden_dim, bottleneck_dim, out_dim, bottleneck
-        )
+        head = ProjectionHead(width, hidden_dim, bottleneck_dim, out_dim, bottleneck)
     return Network(encoder, head)
 
 
 def materialize(module):
-    """Give a module without values uninitialised memory on the CPU, convolutions channels-last.
+    """Give a module without values uninitialised memory on the CPU.
 
-    In that layout convolutions run fastest on CPUs and tensor cores; it changes no number.
+    It is channels-last, in which convolutions run fastest on CPUs and tensor cores.
     """
     return module.to_empty(device="cpu").to(memory_format=torch.channels_last)
 

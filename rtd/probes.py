@@ -2,9 +2,9 @@
 
 Features are the encoder's output in eval mode, extracted once and not normalised. The protocol is
 the paper's. The linear probe is a linear classifier trained with AdamW (torch's defaults: lr 0.001,
-weight decay 0.01) for 10 epochs of batches of 256, and judged on the test split after the last. The
-k-NN probe is the majority among the 20 nearest training features in Euclidean distance. The input
-baseline puts the flattened, normalised pixels through the same two probes.
+weight decay 0.01) for 10 epochs of batches of 256, and judged after the last. The k-NN probe is the
+majority of the 20 nearest training features in Euclidean distance. The input baseline puts the
+normalised pixels through the same two probes.
 """
 
 import math
@@ -12,11 +12,12 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from rtd.data import normalize
 from rtd.errors import InputError
-from rtd.init import random_stream
-from rtd.models import autocast
+from rtd.init import init_linear_, random_stream
+from rtd.models import autocast, materialize
 
 PROBES = ("linear", "knn")
 CHUNK = 2**26  # distances that the k-NN probe holds at a time on a GPU: 256 MB
@@ -27,9 +28,9 @@ def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32
     """(N, 3, H, W) uint8 images -> (N, D) float32 outputs of ``encoder`` in eval mode.
 
     mean, std: of the images it was trained on; a checkpoint has them in its "data". float32 images
-    count as normalised already (``rtd.data.normalize``). Raises ValueError for those without a
-    value below 0: normalised images have mean 0, so these must be pixels. The encoder's mode is
-    restored. progress: an iterator over a list, which may say how far it is.
+    count as normalised already. Raises ValueError for those without a value below 0, which must be
+    pixels. The encoder's mode is restored. progress: iterates over a list, and may say how far it
+    is.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}")
@@ -54,34 +55,29 @@ def linear_probe(
 ):
     """Test accuracy in percent of a linear classifier on (N, D) features.
 
-    generator: a CPU generator, which draws the classifier's start and the order of its batches.
+    generator: the CPU's; it draws the classifier's start and the order of its batches.
     """
-    dim, device = train_x.shape[1], train_x.device
-    bound = 1 / math.sqrt(dim)  # torch's own initialisation of nn.Linear, weight and bias alike
-    weight, bias = (
-        torch.empty(shape).uniform_(-bound, bound, generator=generator).to(device).requires_grad_()
-        for shape in ((num_classes, dim), (num_classes,))
-    )
+    device = train_x.device
+    fc = materialize(nn.Linear(train_x.shape[1], num_classes, device="meta"))
+    init_linear_(fc, generator).to(device)
     fused = device.type != "mps"
-    optimizer = torch.optim.AdamW([weight, bias], lr=0.001, weight_decay=0.01, fused=fused)
-    with torch.enable_grad():
+    optimizer = torch.optim.AdamW([fc.weight, fc.bias], lr=0.001, weight_decay=0.01, fused=fused)
+    with torch.enable_grad():  # also for callers without
         for _ in range(epochs):
             order = torch.randperm(len(train_x), generator=generator).to(device)
             for batch in order.split(batch_size):
                 optimizer.zero_grad()
-                F.cross_entropy(F.linear(train_x[batch], weight, bias), train_y[batch]).backward()
+                F.cross_entropy(fc(train_x[batch]), train_y[batch]).backward()
                 optimizer.step()
-    with torch.no_grad():
-        hits = F.linear(test_x, weight, bias).argmax(1) == test_y
+    hits = fc(test_x).argmax(1) == test_y
     return 100 * hits.float().mean().item()
 
 
 def knn_probe(train_x, train_y, test_x, test_y, k=20):
     """Test accuracy in percent of the majority vote of the ``k`` nearest training features (N, D).
 
-    scikit-learn computes it by brute force for features on the CPU, ``knn_probe_torch`` elsewhere.
-    Among classes with equally many votes the smallest label wins. Raises InputError for k outside
-    [1, N].
+    scikit-learn computes it for features on the CPU, ``knn_probe_torch`` elsewhere. Among classes
+    with equally many votes the smallest label wins. Raises InputError for k outside [1, N].
     """
     n = len(train_x)
     if not 1 <= k <= n:
@@ -101,9 +97,8 @@ def knn_probe(train_x, train_y, test_x, test_y, k=20):
 def knn_probe_torch(train_x, train_y, test_x, test_y, k=20):
     """``knn_probe`` by torch, on any device: nearest are those of least |x|^2 - 2 <q, x>.
 
-    It agrees with scikit-learn where no vote hangs on the rounding of distances, which is float32's
-    relative to the features' deviation. Beside a centred copy of the features it holds
-    ``CHUNK`` distances at a time.
+    It agrees with scikit-learn where no vote hangs on the rounding of distances to float32. It
+    holds a centred copy of the features, and ``CHUNK`` distances at a time.
     """
     center = train_x.mean(0)  # moves no distance; a common offset would cost the difference digits
     train_x, test_x = train_x - center, test_x - center
@@ -121,8 +116,8 @@ def knn_probe_torch(train_x, train_y, test_x, test_y, k=20):
 def probe(train_x, test_x, data, probes=PROBES, seed=0, k=20, epochs=10, batch_size=256):
     """{"linear": percent, "knn": percent} for the chosen ``probes`` of features of ``data``.
 
-    Each call draws the same random numbers from ``seed``, so that equal features give equal
-    accuracies and a gain is of the features alone. Features that are not finite give nan.
+    ``seed`` decides all random numbers, so that equal features give equal accuracies. Features that
+    are not finite give nan.
     """
     if not all(features.isfinite().all() for features in (train_x, test_x)):
         return dict.fromkeys(probes, math.nan)

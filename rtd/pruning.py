@@ -1,15 +1,14 @@
 """Global magnitude pruning: which weights a lottery ticket keeps (section 6, Fig. 8, App. E.5).
 
-A mask holds one bool for each weight that may be pruned, by the parameter's name: True is kept.
-Each round takes the fraction k of what is left, the smallest in magnitude over all layers together,
-so that after r rounds
+A mask holds one bool for each weight that may be pruned: True is kept. Each round takes the
+fraction k of what is left, the smallest in magnitude over all layers together, so that after r
+rounds
 
     p_r = sum_{i<r} (1 - k)^i k = 1 - (1 - k)^r
 
-are pruned. The weights of convolutions and linear layers may be pruned, as in Frankle et al.'s
-code: all of them, the first convolution and the classifier included; biases and batch norm are left
-alone. The authors of the paper prune every parameter tensor ("all"). Masks are multiplied into the
-weights, so a pruned network costs what a dense one costs.
+are pruned. The weights of all convolutions and linear layers may be pruned, as in Frankle et al.'s
+code, but not biases and batch norm. The authors of the paper prune every parameter tensor ("all").
+Masks are multiplied into the weights, so a pruned network costs what a dense one costs.
 """
 
 import torch
@@ -37,10 +36,7 @@ def remaining(masks):
 
 
 def kept_after(total, fraction, rounds):
-    """How many of ``total`` weights are left after ``rounds`` rounds: total (1 - k)^r, rounded.
-
-    It is counted from the start, not from the round before, so that roundings do not add up.
-    """
+    """How many of ``total`` weights ``rounds`` rounds leave: total (1 - k)^r, rounded once."""
     return round(total * (1 - fraction) ** rounds)
 
 
@@ -48,9 +44,8 @@ def kept_after(total, fraction, rounds):
 def prune_smallest(masks, weights, count):
     """New masks, in which exactly ``count`` of the weights kept so far, the smallest, are pruned.
 
-    masks, weights: tensors of the same shapes by the same names. Among equal magnitudes the first
-    in the dict's order, and within a tensor in row-major order, go first. Raises ValueError for
-    more than is left.
+    masks, weights: tensors of the same shapes by the same names. Of equal magnitudes the first go,
+    in the dict's and in row-major order. Raises ValueError for more than is left.
     """
     if odd := masks.keys() ^ weights.keys():
         raise ValueError(f"masks and weights have different names: {sorted(odd)}")
@@ -70,9 +65,8 @@ def prune_smallest(masks, weights, count):
 class Masking:
     """Keeps the pruned weights of a network at exactly 0: to be called after every optimizer step.
 
-    Momentum and weight decay then need no care: whatever the step made of a pruned weight is undone
-    before it is used. The masks are kept as factors of the weights' type and layout, so that a call
-    is one pass over the weights.
+    Whatever momentum and weight decay made of a pruned weight is undone before it is used. Masks
+    are kept as factors of the weights' type and layout, so that a call is one pass over them.
     """
 
     @torch.no_grad()

@@ -1,19 +1,17 @@
 """Supervised training from a given encoder, for Figs. 8 and 9 (section 6, App. E.5).
 
 A fresh linear classifier ``fc`` goes on top of the encoder and both are trained with SGD: momentum
-0.9 (no Nesterov), weight decay 1e-4 on all parameters, learning rate 0.1, a tenth of it after half
-of the epochs and a hundredth after three quarters (80 and 120 of the paper's 160), batches of 256,
-random flips and 4-pixel padded crops.
+0.9, weight decay 1e-4 on all parameters, learning rate 0.1, a tenth of it after half of the epochs
+and a hundredth after three quarters (80 and 120 of the paper's 160), batches of 256, random flips
+and 4-pixel padded crops.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from rtd.data import normalize
-from rtd.init import random_stream
+from rtd.init import init_linear_, random_stream
 from rtd.models import autocast, build_encoder, embedding_dim, materialize
 
 MOMENTUM, WEIGHT_DECAY, PADDING = 0.9, 1e-4, 4
@@ -76,15 +74,10 @@ def empty_classifier(architecture, num_classes):
 
 
 def build_classifier(architecture, encoder_state, num_classes, generator):
-    """``Classifier`` of an encoder's state dict and a new fc.
-
-    Weights and biases of fc are U(-1/sqrt(d), 1/sqrt(d)) for d inputs, torch's default.
-    """
+    """``Classifier`` of an encoder's state dict and a new fc, drawn by ``init_linear_``."""
     classifier = materialize(empty_classifier(architecture, num_classes))
     classifier.encoder.load_state_dict(encoder_state)
-    bound = 1 / math.sqrt(classifier.fc.in_features)
-    for parameter in classifier.fc.parameters():
-        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    init_linear_(classifier.fc, generator)
     return classifier
 
 
@@ -99,8 +92,8 @@ class SupervisedLoss(nn.Module):
     def begin_epoch(self, epoch):
         """Draw the augmentation of ``epoch``, from 1; row i is for image i in any batch order."""
         generator = random_stream(*self.stream, "augmentation", epoch)
-        draws = draw_augmentation(len(self.data.train), generator)
-        self.draws = draws.to(self.data.train.images.device)
+        images = self.data.train.images
+        self.draws = draw_augmentation(len(images), generator).to(images.device)
 
     def after_step(self):
         """Nothing, unless a ``rtd.pruning.Masking`` takes its place."""
