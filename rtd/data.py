@@ -1,8 +1,7 @@
 """Images as one uint8 tensor on the device: no worker processes, no decoding during training.
 
-A data set is two splits of (N, 3, 32, 32) uint8 images with labels, the number of classes, and the
-mean and standard deviation that normalise a batch. CIFAR-10 takes 184 MB this way; a batch is a
-slice of a permutation. ``rtd.harness.datasets`` loads them.
+CIFAR-10 takes 184 MB this way, and a batch is a slice of a permutation. ``rtd.harness.datasets``
+loads the data sets.
 """
 
 import functools
@@ -51,7 +50,7 @@ class Dataset:
 def normalize(images, mean, std):
     """(B, 3, H, W) uint8 -> float32 (images / 255 - mean) / std, in channels-last layout.
 
-    Images that are float32 are normalised already, and stay as they are.
+    float32 images are normalised already, and stay as they are.
     """
     if images.is_floating_point():
         return images.contiguous(memory_format=torch.channels_last)
@@ -68,8 +67,8 @@ def _scale_and_shift(mean, std, device):
 def balanced_subset(labels, n, generator):
     """Indices (n,) of a random subset in which class counts differ by one at most, ascending.
 
-    Classes that run out are filled up from the others, so any n up to all works; a smaller subset
-    from the same generator state lies inside a larger one. Raises InputError for n outside [1, N].
+    Others replace classes that run out. A smaller subset from the same generator state lies inside
+    a larger one. Raises InputError for n outside [1, N].
     """
     labels = labels.cpu()
     if not 1 <= n <= len(labels):

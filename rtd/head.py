@@ -4,14 +4,13 @@
     l2-bottleneck: z = W^T h + b,  z~ = z / |z|,  y = V~^T z~         2048 -> 256 -> 2^16
 
 The columns of V~ have unit norm, so the outputs are the cosines between the bottleneck vector z~
-and 2^16 directions. (The authors' released code computes that weight normalisation and then does
-not use it; the slots "-/lb/fn/-/l/-" do as it did, y = V^T z~ with the raw V, and reach the
-numbers that the paper prints: results/README.md, Fig. 1.)
+and 2^16 directions. (The authors' code computes that normalisation without using it; the slots
+"-/lb/fn/-/l/-" do so too, y = V^T z~ with the raw V, and reach the numbers that the paper prints:
+results/README.md, Fig. 1.)
 
-Fig. 12 takes the bottleneck apart. It is written as six slots, ``wn1/lin1/fn1/wn2/lin2/fn2``:
-weight normalisation of the first layer, the first layer, normalisation of its output, and the same
-for the last layer; "wn" weight norm, "l" linear, "lb" linear with bias, "fn" feature norm, "-"
-nothing.
+Fig. 12 takes the bottleneck apart. It has six slots, ``wn1/lin1/fn1/wn2/lin2/fn2``: weight norm of
+the first layer ("wn"), the first layer ("l" linear, "lb" with bias), norm of its output ("fn"), and
+the same for the last layer; "-" is nothing.
 """
 
 from itertools import product
@@ -40,8 +39,7 @@ class L2Bottleneck(nn.Module):
     """x -> V~^T z~ with z~ = (W^T x + b) / |W^T x + b| and |V~_{:,i}| = 1 (App. A; Fig. 12).
 
     ``linear`` holds W (stored transposed, as torch does) and b; row i of ``last_layer.weight`` is
-    the paper's column V_{:,i}. Without a first layer, the last layer sees all of x: bottleneck_dim
-    does not matter.
+    the paper's column V_{:,i}. Without a first layer, the last one sees all of x.
     """
 
     def __init__(self, in_dim, bottleneck_dim, out_dim, slots=PAPER_SLOTS):

@@ -1,8 +1,7 @@
 """Random initialisation of encoders, head, and a student next to its teacher (section 3).
 
 Every draw comes from an explicit ``torch.Generator``; ``random_stream`` names one for each purpose,
-so that changing one (the probe's, say) does not move another (the batch order). Nothing here
-touches torch's global generator.
+so that changing one (the probe's, say) does not move another (the batch order).
 """
 
 import hashlib

@@ -93,15 +93,11 @@ class Plane:
 
     def corners(self):
         """Coordinates of the three networks: [(x, y)] * 3."""
-        points = torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.float64)
-        return [tuple(point) for point in (points @ torch.linalg.inv(self.basis).T).tolist()]
+        return [(0.0, 0.0), *map(tuple, torch.linalg.inv(self.basis).T.tolist())]
 
     @torch.no_grad()
     def write_(self, network, x, y):
-        """Put the point (x, y) into ``network``, in place.
-
-        Batch norm's statistics are interpolated likewise, with variances of at least 0.
-        """
+        """Put the point (x, y) into ``network``, batch norm's statistics included, in place."""
         p, q = (self.basis @ torch.tensor([x, y], dtype=torch.float64)).tolist()
         r = 1 - p - q
         if sorted((r, p, q)) == [0, 0, 1]:  # bit for bit: 0 x -1 + -0 would lose a sign
@@ -112,5 +108,5 @@ class Plane:
                 start, one, two = (state[name] for state in self.states)
                 torch.mul(start, r, out=tensor).add_(one, alpha=p).add_(two, alpha=q)
                 if name.endswith("running_var"):
-                    tensor.clamp_(min=0)
+                    tensor.clamp_(min=0)  # outside the triangle it could be negative
         return network

@@ -106,10 +106,9 @@ class Landscape:
         for name, images in self.images.items():
             for x in images.split(self.batch_size):
                 with autocast(x.device, self.precision):
-                    f = network.encoder(x)
-                    z = None if self.encoder_only else network.head.bottleneck(f)
-                f = f.float()
-                yield name, f, (f,) if self.encoder_only else (z, weight)
+                    f = network.encoder(x).float()
+                    outputs = (f,) if self.encoder_only else (network.head.bottleneck(f), weight)
+                yield name, f, outputs
 
     def recompute_batch_norm_(self, network):
         """Estimate the statistics of the encoder's batch norms anew from the training images."""

@@ -1,8 +1,8 @@
 """The head's last layer and the distillation loss in one pass, by blocks of outputs in the cache.
 
-A batch of 256 images has 256 x 65,536 outputs. Written plainly, a step makes about ten tensors of
-that size (outputs, log-softmaxes, probabilities, products, for both networks, and their gradients)
-and moves each through memory. But all that leaves the last layer is a loss and two gradients:
+A batch of 256 images has 256 x 65,536 outputs. Written plainly, a step moves about ten tensors of
+that size through memory (outputs, soft-maxes, products and gradients). But all that leaves the last
+layer is a loss and two gradients:
 
     s = V~_s z_s,  t = V~_t z_t      logits of student and teacher, V~ = V / |V| row by row
     G = softmax(s) - softmax(t)      gradient of the cross-entropy, and of the KL, for s
@@ -70,7 +70,7 @@ def _by_convolution(a):
 
 @functools.cache
 def _wide(dtype, device):
-    """Options of torch.mm for float32 products of ``dtype``: CUDA has them from torch 2.8 on."""
+    """Options of torch.mm for float32 products of ``dtype``, which CUDA has from torch 2.8 on."""
     options, x = {"out_dtype": torch.float32}, torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.mm(x, x, **options)
@@ -102,13 +102,13 @@ def _mm_transposed(a, b, dtype):
 
 
 def _logits(weight, z, dtype, out):
-    """(block, K) weights, (B, K) bottleneck vectors -> (block, B) logits, formed in ``dtype``."""
-    return _mm(weight.to(dtype), z.to(dtype).T, out)
+    """(block, K) weights, (B, K) vectors -> (block, B) logits in ``out``, formed in ``dtype``."""
+    return _mm(weight.to(dtype), z.to(dtype).T, out[: len(weight)])
 
 
-def _log_mean_exp(parts, like, scratch):
+def _log_mean_exp(parts, scratch):
     """log(mean(exp(s))) over dim 0 of rows that come in parts, by a running maximum and sum."""
-    highest, total, count = torch.full_like(like, -torch.inf), torch.zeros_like(like), 0
+    highest, total, count = torch.full_like(scratch[0], -torch.inf), 0, 0
     for part in parts:
         before, highest = highest, torch.maximum(highest, part.amax(0))
         exp = torch.sub(part, highest, out=scratch[: len(part)]).exp_()
@@ -121,12 +121,11 @@ def _log_mean_exp(parts, like, scratch):
 def output_log_mean_exp(z, weight, dtype=None):
     """(B, K) bottleneck vectors, (m, K) normalised weight -> (B,) log-mean-exp of the outputs.
 
-    dtype: in which the products are formed; by default z's.
+    dtype: in which the products are formed, by default z's.
     """
     slices, dtype = blocks(len(weight), BLOCK, z.device), dtype or z.dtype
     block = z.new_empty(slices[0].stop, len(z))
-    parts = (_logits(weight[i], z, dtype, out=block[: i.stop - i.start]) for i in slices)
-    return _log_mean_exp(parts, z[:, 0], block)
+    return _log_mean_exp((_logits(weight[rows], z, dtype, block) for rows in slices), block)
 
 
 def _unit_rows(weight, norm, rows, out):
@@ -158,8 +157,8 @@ def _forward_backward(
     block_unit = z.new_empty(slices[0].stop, z.shape[1])
 
     units = ((rows, _unit_rows(weight, norm, rows, block_unit)) for rows in slices)
-    parts = (_logits(unit, z, dtype, out=logits[rows]) for rows, unit in units)
-    lme = _log_mean_exp(parts, z[:, 0], block_a)
+    parts = (_logits(unit, z, dtype, logits[rows]) for rows, unit in units)
+    lme = _log_mean_exp(parts, block_a)
 
     scale = (2 if kind == "mse" else 1) / (m * batch)
     scaled_z, grad_z, grad_weight = (z * scale).to(dtype), None, None
@@ -169,7 +168,7 @@ def _forward_backward(
     value, diagnosed = torch.zeros_like(lme), z.new_zeros(3, batch)
     for rows in slices:
         s = logits[rows]  # (block, B), which turns into m (p_s - p_t), the gradient for s, below
-        t = _logits(weight_t[rows], z_t, dtype, out=block_a[: len(s)])
+        t = _logits(weight_t[rows], z_t, dtype, block_a)
         product = block_b[: len(s)]
         if diagnostics or kind == "kl":
             diagnosed += _diagnostics(s, t, lme, lme_t)
@@ -210,7 +209,7 @@ class _Function(torch.autograd.Function):
         ctx.workspace.turn = ctx.turn = ctx.workspace.turn + 1
         # not save_for_backward, so that autograd may keep them uncopied
         result, *ctx.gradients = _forward_backward(z, weight, *arguments)
-        ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
+        ctx.mark_non_differentiable(*filter(torch.is_tensor, result[1:]))
         return tuple(result)
 
     @staticmethod

@@ -22,10 +22,10 @@ import math
 import torch
 
 
-def log_mean_exp(logits, dim=-1):
-    """log(mean(exp(logits))) over ``dim``, which is near 0 for near-uniform softmaxes."""
-    highest = logits.amax(dim, keepdim=True)
-    return (highest + (logits - highest).exp().mean(dim, keepdim=True).log()).squeeze(dim)
+def log_mean_exp(logits):
+    """(..., m) -> (...): log(mean(exp(logits))), which is near 0 for near-uniform softmaxes."""
+    highest = logits.amax(-1)
+    return highest + (logits - highest.unsqueeze(-1)).exp().mean(-1).log()
 
 
 def exp_minus_one_minus(x):

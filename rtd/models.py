@@ -42,13 +42,11 @@ NORMS = {  # of C channels; all with a gain and a bias for each channel
 def _vgg(name, norm, image_size):
     from torchvision.models import vgg
 
-    if norm in (None, "none"):
-        layers = getattr(vgg, name)(init_weights=False).features
-    else:
-        layers = getattr(vgg, f"{name}_bn")(init_weights=False).features
-        layers = nn.Sequential(
-            *(NORMS[norm](m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in layers)
-        )
+    name += "" if norm in (None, "none") else "_bn"
+    layers = getattr(vgg, name)(init_weights=False).features
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.BatchNorm2d):
+            layers[i] = NORMS[norm](layer.num_features)
     return nn.Sequential(OrderedDict(features=layers, flatten=nn.Flatten()))
 
 
@@ -127,8 +125,7 @@ class Network(nn.Module):
 
     def __init__(self, encoder, head):
         super().__init__()
-        self.encoder = encoder
-        self.head = head
+        self.encoder, self.head = encoder, head
 
     def bottleneck(self, images):
         """(B, 3, H, W) normalised images -> (B, K) float32 that the head's last layer sees."""
@@ -189,7 +186,7 @@ def network_of(state, **model):
 def autocast(device, precision):
     """A context in which, with precision "bf16", convolutions and linear layers run in bfloat16.
 
-    Parameters, gradients, optimizer state, norms, soft-maxes and losses stay float32.
+    All else stays float32: parameters, gradients, optimizer state, norms, soft-maxes and losses.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 

@@ -58,8 +58,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, fc):
         super().__init__()
-        self.encoder = encoder
-        self.fc = fc
+        self.encoder, self.fc = encoder, fc
 
     def forward(self, images):
         """(B, 3, H, W) normalised images -> (B, classes) logits, float32 also under autocast."""
