@@ -30,7 +30,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """mean, std: of each channel, in units of [0, 1] pixels."""
+    """Two splits of images. mean, std: of each channel, in units of [0, 1] pixels."""
 
     name: str
     train: Split
@@ -67,8 +67,8 @@ def _scale_and_shift(mean, std, device):
 def balanced_subset(labels, n, generator):
     """Indices (n,) of a random subset in which class counts differ by one at most, ascending.
 
-    Others replace classes that run out. A smaller subset from the same generator state lies inside
-    a larger one. Raises InputError for n outside [1, N].
+    Larger classes make up for those that run out. A smaller subset from the same generator state
+    lies inside a larger one. Raises InputError for n outside [1, N].
     """
     labels = labels.cpu()
     if not 1 <= n <= len(labels):

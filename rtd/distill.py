@@ -13,6 +13,8 @@ A gradient there would be zero or all rounding error, and Adam turns either into
 which VGG11 may not recover.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -85,10 +87,10 @@ class MovingTeacher:
     @torch.no_grad()
     def follow(self, student):
         """One step towards ``student``; batch norm's running statistics go along."""
-        states = self.network.state_dict().values(), student.state_dict().values()
-        for theta_t, theta_s in zip(*states, strict=True):
+        theta_s = student.state_dict()
+        for name, theta_t in self.network.state_dict().items():
             if theta_t.is_floating_point():  # all but the count of batches
-                theta_t.lerp_(theta_s, self.gamma)
+                theta_t.lerp_(theta_s[name], self.gamma)
 
 
 class Distiller(nn.Module):
@@ -101,7 +103,7 @@ class Distiller(nn.Module):
 
         data: the ``Dataset``. kind: the loss, see ``rtd.last_layer``. temperature: of the student's
         outputs. beta: weight of the labels' cross-entropy (section 3), in which label c is output c
-        of the m, without temperature. compiled: whether torch.compile speeds up the student.
+        of the m, without temperature. compiled: whether the student runs through torch.compile.
         """
         super().__init__()
         self.student, self.teacher, self.data = student, teacher, data
@@ -119,7 +121,7 @@ class Distiller(nn.Module):
         self.zero_grad()
 
     def forward(self, index, observe=False, precision="fp32"):
-        """index: (B,) positions of training images -> ``LastLayerLoss``, whole if ``observe``."""
+        """(B,) positions of training images -> ``LastLayerLoss``; ``observe`` adds diagnostics."""
         train = self.data.train
         images = normalize(train.images[index], self.data.mean, self.data.std)
         with autocast(images.device, precision):
@@ -146,7 +148,10 @@ class Distiller(nn.Module):
 
 @torch.no_grad()
 def distance(network, start):
-    """|theta - theta_start|_2 over encoder, head and all (App. D, Fig. 17); start: a state dict."""
+    """{"distance_encoder", "distance_head", "distance_total"}: |theta - theta_start|_2 (Fig. 17).
+
+    start: the network's state dict at the start.
+    """
     # pairwise summation of each tensor, in doubles over them; a GPU is waited for once
     parameters = dict(network.named_parameters())
     squares = [(p - start[name].to(p.device)).square().sum() for name, p in parameters.items()]
@@ -163,9 +168,8 @@ def evaluate_start(distiller, batches):
 
     Batch norm sees batch statistics as in training, and its running ones do not move.
     """
-    buffers = {name: buffer.clone() for name, buffer in distiller.student.named_buffers()}
+    buffers = copy.deepcopy(dict(distiller.student.named_buffers()))
     distiller.train()
     results = torch.stack([torch.stack(distiller(index, observe=True)) for index in batches])
-    for name, buffer in distiller.student.named_buffers():
-        buffer.copy_(buffers[name])
+    distiller.student.load_state_dict(buffers, strict=False)
     return results

@@ -8,8 +8,8 @@ With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
     entropy        H(p)        = -sum p   log p          about log m = 11.09 for both
     KL             KL          = H(p_t, p_s) - H(p_t)    1e-7 to 1e-3: what is logged
 
-Cross-entropy and KL have the same gradient with respect to s, p_s - p_t. The KL must not be
-computed as that difference: float32 resolves numbers around 11 to 1e-6. As sum (p_s - p_t) = 0,
+Cross-entropy and KL have the same gradient with respect to s, p_s - p_t. The KL is not computed as
+H(p_t, p_s) - H(p_t): float32 resolves numbers around 11 to 1e-6. As sum (p_s - p_t) = 0,
 
     KL = sum p_t phi(d),   d = log p_s - log p_t,   phi(x) = exp(x) - 1 - x >= 0,
 

@@ -64,13 +64,11 @@ def _narrow_resnet(blocks, norm, image_size):
     from torchvision.models.resnet import BasicBlock
 
     norm = NORMS[norm or "batch"]
-    convolution = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
-    layers = [convolution, norm(16), nn.ReLU(inplace=True)]
-    for width, planes in pairwise([16] + [16] * blocks + [32] * blocks + [64] * blocks):
+    layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), norm(16), nn.ReLU(inplace=True)]
+    for width, planes in pairwise([16] * (blocks + 1) + [32] * blocks + [64] * blocks):
         stride, shortcut = planes // width, None
         if stride == 2:
-            convolution = nn.Conv2d(width, planes, 1, stride, bias=False)
-            shortcut = nn.Sequential(convolution, norm(planes))
+            shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, 2, bias=False), norm(planes))
         layers.append(BasicBlock(width, planes, stride, shortcut, norm_layer=norm))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

@@ -17,7 +17,7 @@ from torch import nn
 from rtd.data import normalize
 from rtd.errors import InputError
 from rtd.init import init_linear_, random_stream
-from rtd.models import autocast, materialize
+from rtd.models import autocast
 
 PROBES = ("linear", "knn")
 CHUNK = 2**26  # distances that the k-NN probe holds at a time on a GPU: 256 MB
@@ -29,8 +29,7 @@ def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32
 
     mean, std: of the images it was trained on; a checkpoint has them in its "data". float32 images
     count as normalised already. Raises ValueError for those without a value below 0, which must be
-    pixels. The encoder's mode is restored. progress: iterates over a list, and may say how far it
-    is.
+    pixels. The encoder's mode is restored. progress: iterates over a list, and may show how far.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}")
@@ -47,7 +46,7 @@ def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32
 
 def flat_pixels(images, mean, std):
     """(N, 3, H, W) uint8 -> (N, 3 H W) float32 normalised pixels: the input baseline's features."""
-    return normalize(images, mean, std).flatten(1).contiguous()
+    return normalize(images, mean, std).flatten(1)
 
 
 def linear_probe(
@@ -57,9 +56,8 @@ def linear_probe(
 
     generator: the CPU's; it draws the classifier's start and the order of its batches.
     """
-    device = train_x.device
-    fc = materialize(nn.Linear(train_x.shape[1], num_classes, device="meta"))
-    init_linear_(fc, generator).to(device)
+    dim, device = train_x.shape[1], train_x.device
+    fc = init_linear_(nn.utils.skip_init(nn.Linear, dim, num_classes), generator).to(device)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW([fc.weight, fc.bias], lr=0.001, weight_decay=0.01, fused=fused)
     with torch.enable_grad():  # also for callers without

@@ -56,10 +56,7 @@ def prune_smallest(masks, weights, count):
     left = flat.nonzero().squeeze(1)  # positions of the weights kept so far
     flat[left[magnitudes[left].argsort(stable=True)[:count]]] = False
     parts = flat.split([weight.numel() for weight in weights.values()])
-    return {
-        name: part.view(weights[name].shape).clone()
-        for name, part in zip(weights, parts, strict=True)
-    }
+    return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
 
 
 class Masking:

@@ -14,7 +14,7 @@ from rtd.data import normalize
 from rtd.init import init_linear_, random_stream
 from rtd.models import autocast, build_encoder, embedding_dim, materialize
 
-MOMENTUM, WEIGHT_DECAY, PADDING = 0.9, 1e-4, 4
+PADDING = 4  # pixels
 
 
 def learning_rate(done, epochs, lr=0.1):
@@ -24,10 +24,9 @@ def learning_rate(done, epochs, lr=0.1):
 
 def sgd(classifier, lr):
     """The optimizer of App. E.5 for all parameters of ``classifier``."""
-    fused = next(classifier.parameters()).device.type != "mps"
-    return torch.optim.SGD(
-        classifier.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=fused
-    )
+    parameters = list(classifier.parameters())
+    fused = parameters[0].device.type != "mps"
+    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4, fused=fused)
 
 
 def draw_augmentation(n, generator):
