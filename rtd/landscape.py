@@ -34,7 +34,7 @@ def teacher_side(z_t, weight_t):
 
     z_t: (B, K) bottleneck vectors. weight_t: (m, K) last layer, normalised.
     """
-    m, lme_t, inner = len(weight_t), output_log_mean_exp(z_t, weight_t), torch.zeros_like(z_t[:, 0])
+    m, lme_t, inner = len(weight_t), output_log_mean_exp(z_t, weight_t), 0
     for rows in blocks(m, BLOCK, z_t.device):
         t = weight_t[rows] @ z_t.T  # (block, B)
         inner += (t - lme_t).exp_().mul_(t).sum(0)

@@ -66,7 +66,7 @@ def _narrow_resnet(blocks, norm, image_size):
     norm = NORMS[norm or "batch"]
     layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), norm(16), nn.ReLU(inplace=True)]
     for width, planes in pairwise([16] * (blocks + 1) + [32] * blocks + [64] * blocks):
-        stride, shortcut = planes // width, None
+        stride, shortcut = planes // width, None  # 2 where a stage begins, at half the resolution
         if stride == 2:
             shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, 2, bias=False), norm(planes))
         layers.append(BasicBlock(width, planes, stride, shortcut, norm_layer=norm))
