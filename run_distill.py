@@ -21,15 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from rtd.distill import (
-    Distiller,
-    FrozenTeacher,
-    MovingTeacher,
-    adamw,
-    distance,
-    evaluate_start,
-    teacher_answers,
-)
+from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, distance, teacher_answers
 from rtd.errors import InputError
 from rtd.harness import cli, sweeps
 from rtd.harness.checkpoint import make_teacher, source_of
@@ -170,7 +162,7 @@ def distill(args, device, world):
     encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": None}
     moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
     for epoch in range(len(record.rows), args.epochs + 1):
-        means = training.run_epoch(epoch, record.save) if epoch else training.start(evaluate_start)
+        means = training.run_epoch(epoch, record.save) if epoch else training.start()
         row = dict(zip(LastLayerLoss._fields, means, strict=True)) | distance(student, student_init)
         if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
             for name in moving if epoch else encoders:
@@ -262,11 +254,9 @@ class Record:
         for probe in self.args.probe:
             pixels, teacher = (self.rows[-1][f"{of}_{probe}"] for of in ("input", "teacher"))
             best, last = best_and_final(self.rows, f"student_{probe}")
-            self.run.say(
-                f"{PROBE_TITLES[probe]}, test accuracy in %: input pixels {pixels:.2f}, "
-                f"teacher {teacher:.2f}, student {last:.2f} (at best {best:.2f}), "
-                f"gain {last - teacher:+.2f}"
-            )
+            words = f"input pixels {pixels:.2f}, teacher {teacher:.2f}, student {last:.2f}"
+            words += f" (at best {best:.2f}), gain {last - teacher:+.2f}"
+            self.run.say(f"{PROBE_TITLES[probe]}, test accuracy in %: {words}")
 
 
 def title(args, varied=()):

@@ -18,8 +18,6 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from rtd import plots, pruning
 from rtd.errors import InputError
 from rtd.harness import cli
@@ -27,7 +25,6 @@ from rtd.harness.checkpoint import Start, load_starts, say_starts
 from rtd.harness.datasets import fingerprints
 from rtd.harness.run import Run
 from rtd.harness.training import SupervisedTraining
-from rtd.init import random_stream
 from rtd.supervised import empty_classifier
 
 COLUMNS = ("init", "rewind_epoch", "control", "round", "sparsity", "remaining_parameters")
@@ -136,7 +133,7 @@ def run_chain(chain, data, run):
             # (weights, fc, batch norm's statistics, momentum), then zero what the new mask prunes.
             # Batches and augmentation repeat the first round's.
             if chain.control:
-                masks = shuffled(kept[round_], weights, args.seed, round_)
+                masks = pruning.shuffled(kept[round_], weights, args.seed, round_)
             else:
                 left = pruning.kept_after(total, args.prune_fraction, round_)
                 masks = pruning.prune_smallest(masks, weights, pruning.remaining(masks) - left)
@@ -160,16 +157,6 @@ def run_chain(chain, data, run):
                 run.say(f"{chain}, round {round_}: {words} (best {max(new):.2f} %)")
         run.table(table, COLUMNS, rows)
         yield
-
-
-def shuffled(kept, weights, seed, round_):
-    """Masks that keep as many weights of each layer as ``kept`` says, at random places."""
-    masks = {}
-    for name, weight in weights.items():
-        generator = random_stream(seed, "shuffle", round_, name)
-        order = torch.randperm(weight.numel(), generator=generator)
-        masks[name] = (order < kept[name]).view(weight.shape).to(weight.device)
-    return masks
 
 
 if __name__ == "__main__":

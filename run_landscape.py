@@ -95,8 +95,7 @@ def main(args, device, world):
     except ValueError as error:
         raise InputError(f"--origin, --x-axis, --y-axis: {error}") from error
     run = Run(args, device, world, PRODUCTS, (), fingerprints(data), specs.values())
-    images = f"{len(data.train)} training and {len(data.test)} test images"
-    run.say(f"{data.name}: {images}; {describe(device, args.precision)}")
+    run.say(f"{data}; {describe(device, args.precision)}")
     cli.note_steps(args, data, world, PROBE_BATCH)
     data, grid, done = data.to(device), make_grid(args, plane), load_points(run)
     landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)

@@ -39,6 +39,9 @@ class Dataset:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def __str__(self):
+        return f"{self.name}, {len(self.train)} training and {len(self.test)} test images"
+
     def to(self, device):
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 

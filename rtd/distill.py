@@ -13,8 +13,6 @@ A gradient there would be zero or all rounding error, and Adam turns either into
 which VGG11 may not recover.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -129,21 +127,27 @@ class Distiller(nn.Module):
         last = self.student.head.l2_bottleneck
         weight = last.last_layer.weight
         workspace = self._workspace if weight.grad is None else None  # an old gradient lies in it
-        result = last_layer_loss(
-            z,
-            weight,
-            *self.teacher.answer(images, index),
-            kind=self.kind,
-            weight_norm=last.weight_norm,
-            dtype=torch.bfloat16 if precision == "bf16" else None,
-            diagnostics=observe,
-            workspace=workspace,
-        )
+        options = {"kind": self.kind, "weight_norm": last.weight_norm}
+        options["dtype"] = torch.bfloat16 if precision == "bf16" else None
+        options |= {"diagnostics": observe, "workspace": workspace}
+        result = last_layer_loss(z, weight, *self.teacher.answer(images, index), **options)
         if self.beta:
             logits = F.linear(z * self.temperature, last.normalized_weight())
             labelled = F.cross_entropy(logits, train.labels[index])
             result = result._replace(loss=result.loss + self.beta * labelled)
         return result
+
+    @torch.no_grad()
+    def evaluate_start(self, batches):
+        """(len(batches), 4): ``LastLayerLoss`` of each of ``batches`` of indices, without a step.
+
+        Batch norm sees batch statistics as in training, and its running ones do not move.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+        self.train()
+        results = torch.stack([torch.stack(self(index, observe=True)) for index in batches])
+        self.student.load_state_dict(buffers, strict=False)
+        return results
 
 
 @torch.no_grad()
@@ -160,16 +164,3 @@ def distance(network, start):
         parts[name.split(".")[0]] += square
     parts["total"] = parts["encoder"] + parts["head"]
     return {f"distance_{part}": value**0.5 for part, value in parts.items()}
-
-
-@torch.no_grad()
-def evaluate_start(distiller, batches):
-    """(len(batches), 4): ``LastLayerLoss`` of each of ``batches`` of indices, without a step.
-
-    Batch norm sees batch statistics as in training, and its running ones do not move.
-    """
-    buffers = copy.deepcopy(dict(distiller.student.named_buffers()))
-    distiller.train()
-    results = torch.stack([torch.stack(distiller(index, observe=True)) for index in batches])
-    distiller.student.load_state_dict(buffers, strict=False)
-    return results

@@ -29,7 +29,8 @@ def parse_slots(text):
     slots = tuple(text.split("/"))
     if slots not in product(*SLOTS):
         form = ", ".join(" or ".join(allowed) for allowed in SLOTS)
-        raise InputError(f"--bottleneck {text}: give wn1/lin1/fn1/wn2/lin2/fn2, which are {form}")
+        form = f"wn1/lin1/fn1/wn2/lin2/fn2, which are {form}; the paper's is {PAPER_SLOTS}"
+        raise InputError(f"--bottleneck {text}: give {form}")
     if slots[:2] == ("wn", "-"):
         raise InputError(f"--bottleneck {text}: wn1 normalises the weights of lin1, but lin1 is -")
     return slots

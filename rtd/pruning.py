@@ -13,6 +13,8 @@ Masks are multiplied into the weights, so a pruned network costs what a dense on
 
 import torch
 
+from rtd.init import random_stream
+
 PRUNE = ("weights", "all")
 
 
@@ -57,6 +59,16 @@ def prune_smallest(masks, weights, count):
     flat[left[magnitudes[left].argsort(stable=True)[:count]]] = False
     parts = flat.split([weight.numel() for weight in weights.values()])
     return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
+
+
+def shuffled(kept, weights, seed, round_):
+    """The control: masks that keep as many weights of a layer as ``kept`` says, anywhere in it."""
+    masks = {}
+    for name, weight in weights.items():
+        generator = random_stream(seed, "shuffle", round_, name)
+        order = torch.randperm(weight.numel(), generator=generator)
+        masks[name] = (order < kept[name]).view(weight.shape).to(weight.device)
+    return masks
 
 
 class Masking:

@@ -7,15 +7,7 @@ import torch
 from torch import nn
 
 from rtd.data import Dataset, Split, normalize
-from rtd.distill import (
-    Distiller,
-    FrozenTeacher,
-    MovingTeacher,
-    adamw,
-    distance,
-    evaluate_start,
-    teacher_answers,
-)
+from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, distance, teacher_answers
 from rtd.init import init_student_
 from rtd.models import random_network
 
@@ -212,7 +204,7 @@ def test_the_start_is_judged_with_batch_statistics_and_changes_nothing(generator
     teacher, distiller, x = small(generator, 10)
     student, batches = distiller.student, torch.arange(10).split(6)
     before = copy.deepcopy(student.state_dict())
-    found = evaluate_start(distiller, batches)
+    found = distiller.evaluate_start(batches)
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     for (loss, kl, entropy, _), index in zip(found, batches, strict=True):
         expected = plain_loss(teacher, student, x[index]).item()

@@ -137,9 +137,8 @@ def load_starts(args, data):
 
 def say_starts(run, starts, data):
     """Say what is trained from where; returns a picture's title."""
-    title = f"{starts[0].architecture['encoder']} on {data.name}"
-    images = f"{len(data.train)} training and {len(data.test)} test images"
-    run.say(f"{title}: {images}; {describe(run.device, run.args.precision)}")
+    encoder = starts[0].architecture["encoder"]
+    run.say(f"{encoder} on {data}; {describe(run.device, run.args.precision)}")
     for start in starts:
         run.say(f"{start.name}: {start.spec}")
-    return f"{title}, seed {run.args.seed}"
+    return f"{encoder} on {data.name}, seed {run.args.seed}"

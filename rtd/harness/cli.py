@@ -170,7 +170,7 @@ def note_steps(args, data, world, batch_size=256):
     """Say it where a linear probe of ``data`` takes few steps."""
     steps = math.ceil(len(data.train) / batch_size) * args.probe_epochs
     if "linear" in args.probe and steps < 500:
-        world.say(f"note: a linear probe underfits in {steps} steps; raise --probe-epochs for 500")
+        world.say(f"note: the linear probe takes {steps} steps, under 500; raise --probe-epochs")
 
 
 def load_data(args, world, other=None, probed=None):
@@ -193,9 +193,7 @@ def load_sources(args, world):
         flags = {**vars(args), "dataset": other, "subset": args.probe_subset}
         probed = load_data(argparse.Namespace(**flags), world, args.dataset)
     elif args.probe_subset:
-        raise InputError(
-            f"--probe-subset {args.probe_subset}: add --probe-dataset, or use --subset"
-        )
+        raise InputError(f"--probe-subset {args.probe_subset}: give --probe-dataset, or --subset")
     data = load_data(args, world, other, probed)
     if args.beta and (data.train.labels.min() < 0 or args.out_dim < data.num_classes):
         raise InputError(

@@ -30,7 +30,8 @@ def lock(path, flag):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise InputError(f"{flag} is in use by process {file.read().strip()}; wait") from None
+        holder = file.read().strip()
+        raise InputError(f"{flag} is in use by process {holder}; wait for its end") from None
     except OSError:  # a file system that has no locks
         pass
     file.truncate(0)

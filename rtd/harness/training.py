@@ -21,10 +21,9 @@ class Training:
     loss: a module with loss(index, observe, precision) -> (loss, more to log where ``observe``),
     ``begin_epoch(epoch)`` and ``after_step()``. data: the ``Dataset`` it is trained on. stream:
     seed and names of the run's random numbers: epoch e, from 1, has the order of
-    random_stream(*stream, "batch-order", e). run: a ``Run`` with the flags batch_size, precision;
-    fp32_steps, the first steps in fp32 whatever the precision is; log_every, the steps between two
-    that are observed (at least 5 an epoch are, first and last among them). name: what is trained,
-    for messages.
+    random_stream(*stream, "batch-order", e). run: a ``Run`` with the flags batch_size, precision,
+    and perhaps fp32_steps and log_every (at least 5 steps an epoch are observed, first and last
+    among them). name: what is trained, for messages.
     """
 
     def __init__(self, loss, optimizer, data, stream, run, name):
@@ -80,12 +79,12 @@ class Training:
         self.images_per_second = sum(map(len, left)) / (time.perf_counter() - began)
         return means
 
-    def start(self, evaluate):
-        """Means as of an epoch, but without a step; evaluate(loss, batches) -> a row a batch."""
+    def start(self):
+        """The means of ``run_epoch``, by the loss's ``evaluate_start``, before any step."""
         batches = torch.arange(self.count, device=self.device).split(self.args.batch_size)
         # as in a step, each process sees its part of a batch: SyncBatchNorm waits for all of them
         shares, factors = zip(*map(self.world.share, batches), strict=True)
-        rows = zip(factors, evaluate(self.loss, shares), strict=True)
+        rows = zip(factors, self.loss.evaluate_start(shares), strict=True)
         return self._mean([factor * row for factor, row in rows], batches).tolist()
 
     def _step(self, batch):
