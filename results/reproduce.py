@@ -36,7 +36,7 @@ VGG11 = 3.5  # hours on two cores with bf16 for one run of the paper's protocol:
 GPU = 0.03 / VGG11  # hours on a GPU for one on two cores: on an H200, with six runs side by side
 TEST_IMAGES = dict(digits=450, cifar10=10000, cifar100=10000, stl10=8000, tinyimagenet=10000)
 ACCURACIES = ("linear", "knn", "accuracy", "error", "mean")
-MARKS = ("<!-- headline rows: written by results/reproduce.py -->", "<!-- end of headline rows -->")
+MARKS = "<!-- results/reproduce.py writes this -->", "<!-- and ends here -->"
 
 CLAIMS = configparser.ConfigParser(
     interpolation=configparser.ExtendedInterpolation(), delimiters="=", comment_prefixes="#"
@@ -173,10 +173,9 @@ def highest(path, places, column):
     rows, points = read_csv(path), read_csv(path.with_name("points.csv"))
     names = {row["name"]: (float(row["x"]), float(row["y"])) for row in points}
     ends = [names.get(p) or tuple(map(float, p.split(","))) for p in places.split(">")]
-    way = [
-        [a + (b - a) * i / 100 for a, b in zip(ends[0], ends[-1], strict=True)] for i in range(101)
-    ]
-    near = [min(rows, key=lambda row: distance(row, at)) for at in (way if len(ends) > 1 else ends)]
+    steps = [i / 100 for i in range(101)]
+    way = [[a + (b - a) * step for a, b in zip(ends[0], ends[-1], strict=True)] for step in steps]
+    near = [min(rows, key=lambda row: distance(row, at)) for at in way]
     return [
         max((row for row in near if row[column]), key=lambda row: float(row[column]), default={})
     ]
@@ -213,18 +212,17 @@ def number(label, sources, scale):
         tables = begun or tables  # a run without an epoch yet counts among its like alone
         first = next(iter(tables))
         run, row = folder / first.relative_to(folder).parts[0], tables[first][-1]
-        final, best, epoch = [], [], ""
+        epoch, best = "", []
         if "step" in row:  # epochs of runs; stopped ones are compared at the last that all have
             last = min(int(rows[-1]["epoch"]) for rows in tables.values())
+            if column.startswith("student"):
+                best = [max(float(row[column]) for row in rows) for rows in tables.values()]
             epoch = "" if column.startswith(("teacher", "input")) else reached(last, run)
-        for rows in tables.values():
-            values = [float(row[column]) for row in rows]
-            if "step" in row:
-                final.append(float([r for r in rows if int(r["epoch"]) <= last][-1][column]))
-                best += [max(values)] if column.startswith("student") else []
-            else:
-                final += values
-                best += [float(row[f"{column}_best"]) for row in rows if f"{column}_best" in row]
+            ends = [[r for r in rows if int(r["epoch"]) <= last][-1] for rows in tables.values()]
+        else:
+            ends = list(itertools.chain(*tables.values()))
+            best = [float(row[f"{column}_best"]) for row in ends if f"{column}_best" in row]
+        final = [float(row[column]) for row in ends]
         return Number(
             label.replace("{kept}", shown(100 - 100 * float(row.get("sparsity") or 0))),
             run,
@@ -374,25 +372,6 @@ def section(name):
     return "\n\n".join(filter(None, said))
 
 
-INTRODUCTION = """# The paper, reproduced
-
-`results/reproduce.py` writes this page from `claims.ini` and the CSVs beside it. It reads all
-numbers of the tables there; the verdicts' words are ours.
-
-* The headline number is that of the *final* epoch. The authors report the *best* epoch, chosen on
-  the test images themselves; it stands second, wherever a run was probed more than once.
-* Accuracies, errors and barriers are in percent or percentage points. `±` is the standard
-  deviation over n; **1** marks a number that stands on one run. "input" is a probe of the pixels.
-* The standard error is that of one accuracy over the draw of N test images, sqrt(p(1 - p) / N).
-* `paper` is the paper's protocol, `small` what two cores do in the stated time. Hours count on two
-  cores that do 400 images a second (VGG11 in bf16). Not all that have instructions for bf16 do:
-  some did 140. Hours on a GPU are a run's share of one NVIDIA H200, where six of Fig. 1's ran at
-  once; a run alone, and small networks, take several times as long. Runs on `cuda` used it.
-* Results under `early/` were made before run folders were kept with their config.json; the commit
-  that added them is named instead.
-"""
-
-
 def headlines():
     """The table of README.md: the rows that have a headline."""
     cells = ["| claim | paper | ours | verdict |", "|---|---|---|---|"]
@@ -412,14 +391,15 @@ def headlines():
 
 
 def write_pages():
-    """Write results/README.md, and what lies between the two marks in README.md."""
-    page = "\n\n".join([INTRODUCTION.strip(), *map(section, ROWS)])
-    (RESULTS / "README.md").write_text(f"{page}\n", encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if all(mark in readme for mark in MARKS):
-        before, after = readme.partition(MARKS[0])[0], readme.partition(MARKS[1])[2]
-        readme = f"{before}{MARKS[0]}\n{headlines()}\n{MARKS[1]}{after}"
-        (ROOT / "README.md").write_text(readme, encoding="utf-8")
+    """Write what lies between the two marks in README.md and in results/README.md."""
+    pages = {
+        ROOT / "README.md": headlines(),
+        RESULTS / "README.md": "\n\n".join(map(section, ROWS)),
+    }
+    for path, written in pages.items():
+        page = path.read_text(encoding="utf-8")
+        before, after = page.partition(MARKS[0])[0], page.partition(MARKS[1])[2]
+        path.write_text(f"{before}{MARKS[0]}\n{written}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------- drawing
