@@ -9,9 +9,8 @@ without labels, the paper finds that l = 0 does: its weights already hold the wi
         --init runs/x/checkpoint.pt:student-init runs/x/checkpoint.pt:student
     torchrun --nproc-per-node=4 run_imp.py ...            # the processes share the chains
 
-Each start and rewind epoch is a chain, and with --control shuffle also each chain's masks shuffled
-within their layers. Writes config.json, imp.csv (a row a round), imp.png and, in chains/, what
---resume needs.
+A chain is a start and a rewind epoch, and with --control shuffle also the same with shuffled masks.
+Writes config.json, imp.csv (a row a round), imp.png and, in chains/, what --resume needs.
 """
 
 import itertools
@@ -120,7 +119,7 @@ def run_chain(chain, data, run):
         training.load_state(saved["training"])
         if (done := len(rows) - 1) > args.rounds:
             raise InputError(f"--rounds {args.rounds}: {chain.file} has run {done} already")
-        run.say(f"{chain}: goes on after {len(rows)} rounds")
+        run.say(f"{chain}: {len(rows)} of {args.rounds + 1} rounds are done")
         run.table(table, COLUMNS, rows)
 
     def save():

@@ -188,7 +188,7 @@ def panel(folder):
         rows = files.read_csv(folder / name, columns)
         with files.reading(folder / name, "of a landscape"):
             numbers = np.array([[row[c] for c in columns if c != "name"] for row in rows], float)
-            if not np.isfinite(numbers[:, :4]).all():
+            if not (rows and np.isfinite(numbers[:, :4]).all()):
                 raise ValueError("a place is missing or infinite")
         tables.append(rows)
     with files.reading(folder / "config.json", "of a landscape"):

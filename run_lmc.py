@@ -13,7 +13,7 @@ Where batch norm's statistics are recomputed, they are so at the ends too: the w
 trained networks' bit for bit, their errors need not be. Without batch norm, "none" stands for them.
 
 Writes config.json, lmc.csv (a row a point), barriers.csv and lmc.png; the trained networks into
-runs/. With --resume it walks again with other flags of the group "lines", or adds to --runs.
+runs/: with --resume, other flags of the group "lines" and more --runs train none of them again.
 """
 
 import itertools
@@ -64,6 +64,7 @@ def parse_args(argv=None):
     cli.add_output_flags(parser)
     # fmt: on
     args = cli.parse(parser, argv, "init", "bn_statistics")
+    args.bn_statistics.sort(reverse=True)  # recompute first, in whatever order they are given
     for flag in "runs", "points":
         if getattr(args, flag) == 1:
             parser.error(f"--{flag} 1: a line has two ends; give at least 2")

@@ -9,8 +9,8 @@ soft-max are computed once, and a step forms the teacher's outputs from them wit
 
 Under bf16 the teacher's answers are still computed in float32, and so are the student's first
 steps: next to its teacher (alpha = 1e-10) the student differs from it by less than bf16 resolves.
-A gradient there would be zero or all rounding error, and Adam turns either into a first step from
-which VGG11 may not recover.
+In bf16 its gradient would be zero or all rounding error, and Adam turns either into a first step
+from which VGG11 may not recover.
 """
 
 import torch
@@ -71,7 +71,7 @@ class FrozenTeacher:
 
 
 class MovingTeacher:
-    """A teacher that follows its student: theta_T <- (1 - gamma) theta_T + gamma theta_S."""
+    """Follows its student after each step: theta_T <- (1 - gamma) theta_T + gamma theta_S."""
 
     def __init__(self, teacher, gamma, temperature=1.0):
         self.network, self.gamma, self.temperature = teacher.eval(), gamma, temperature
@@ -127,10 +127,9 @@ class Distiller(nn.Module):
         last = self.student.head.l2_bottleneck
         weight = last.last_layer.weight
         workspace = self._workspace if weight.grad is None else None  # an old gradient lies in it
-        options = {"kind": self.kind, "weight_norm": last.weight_norm}
-        options["dtype"] = torch.bfloat16 if precision == "bf16" else None
-        options |= {"diagnostics": observe, "workspace": workspace}
-        result = last_layer_loss(z, weight, *self.teacher.answer(images, index), **options)
+        dtype = torch.bfloat16 if precision == "bf16" else None  # of products with the weights
+        options = self.kind, last.weight_norm, dtype, observe, workspace
+        result = last_layer_loss(z, weight, *self.teacher.answer(images, index), *options)
         if self.beta:
             logits = F.linear(z * self.temperature, last.normalized_weight())
             labelled = F.cross_entropy(logits, train.labels[index])

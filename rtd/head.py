@@ -4,13 +4,13 @@
     l2-bottleneck: z = W^T h + b,  z~ = z / |z|,  y = V~^T z~         2048 -> 256 -> 2^16
 
 The columns of V~ have unit norm, so the outputs are the cosines between the bottleneck vector z~
-and 2^16 directions. (The authors' code computes that normalisation but does not use it;
-the slots "-/lb/fn/-/l/-" leave it out, y = V^T z~ with the raw V, and reach the numbers that the
-paper prints: results/README.md, Fig. 1.)
+and 2^16 directions. (The authors' code computes that normalisation but does not use it; the slots
+"-/lb/fn/-/l/-" leave it out, y = V^T z~ with the raw V, and reach the numbers that the paper
+prints: results/README.md, Fig. 1.)
 
-Fig. 12 takes the bottleneck apart. It has six slots, ``wn1/lin1/fn1/wn2/lin2/fn2``: weight norm of
-the first layer ("wn"), the first layer ("l" linear, "lb" with bias), norm of its output ("fn"), and
-the same for the last layer; "-" is nothing.
+Fig. 12 takes the bottleneck apart into six slots, ``wn1/lin1/fn1/wn2/lin2/fn2``: weight norm of the
+first layer ("wn"), the first layer ("l" linear, "lb" with bias), norm of its output ("fn"), and the
+same for the last layer; "-" is nothing.
 """
 
 from itertools import product

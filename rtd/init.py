@@ -26,8 +26,7 @@ def init_encoder_(encoder, generator):
     Fan-out mode and the gain sqrt(2) are torchvision's for ResNet. Norm layers start as the
     identity, also at the end of a residual branch. In a ViT, query, key and value are a linear
     layer each; the class token starts at 0 and the position embedding as N(0, 0.02^2),
-    torchvision's. Raises ValueError for other layers with parameters, which would keep what stood
-    in their memory.
+    torchvision's. Raises ValueError for other layers with parameters.
     """
     options = {"mode": "fan_out", "nonlinearity": "relu", "generator": generator}
     for module in encoder.modules():

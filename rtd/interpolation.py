@@ -3,9 +3,8 @@
     theta(gamma) = (1 - gamma) theta_a + gamma theta_b,                      gamma in [0, 1]
     theta(x, y)  = (1 - p - q) theta_0 + p theta_1 + q theta_2,              (p, q) linear in (x, y)
 
-Figs. 5 and 13 to 16 show planes. Batch norm's running statistics can be interpolated too, or
-estimated anew from training images, as activations of a mixture of networks are no mixtures of
-theirs.
+Figs. 5 and 13 to 16 show planes. Batch norm's statistics can be interpolated too, or estimated anew
+from training images: the activations of a mixture of networks are no mixtures of theirs.
 """
 
 import torch

@@ -60,7 +60,7 @@ def _by_convolution(a):
     """Whether to form a product with ``a`` as a 1x1 convolution.
 
     On CPUs oneDNN does those with vectors as wide as the processor has. float32 products of
-    matrices go to MKL, which on some with AVX-512 uses half of that and takes twice as long.
+    matrices go to MKL, which on some AVX-512 processors uses half of that and takes twice as long.
     """
     if a.device.type != "cpu" or a.dtype != torch.float32:
         return False
@@ -243,7 +243,7 @@ def last_layer_loss(
     workspace: a ``Workspace`` to reuse; the next call with it overwrites the weight's gradient.
 
     Returns a ``LastLayerLoss``. Backward may be called once, as gradients are handed out uncopied.
-    It raises RuntimeError if the workspace was given to another call before.
+    It raises RuntimeError if another call has used the workspace in between.
     """
     if kind not in LOSSES:
         raise ValueError(f"kind must be one of {LOSSES}, not {kind!r}")

@@ -158,7 +158,7 @@ def build_network(
 def materialize(module):
     """Give a module without values uninitialised memory on the CPU.
 
-    It is channels-last, in which convolutions run fastest on CPUs and tensor cores.
+    Convolutions are channels-last, which is fastest on CPUs and tensor cores.
     """
     return module.to_empty(device="cpu").to(memory_format=torch.channels_last)
 

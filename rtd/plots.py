@@ -346,7 +346,8 @@ def landscapes(panels):
     labels = {"train_kl": ""} | {p: f"{name},\n{ACCURACY}" for p, name in PROBE_TITLES.items()}
     shown = [name for name in labels if any(row[name] is not None for row in rows)]
     figure = Figure((4 * len(shown), 3.4 * len(panels)), layout="compressed")
-    figure.suptitle("\n".join(dict.fromkeys(panel["title"] for panel in panels)))
+    titles = [panel["title"] for panel in panels]  # from top to bottom
+    figure.suptitle("\n".join(titles if len({*titles}) > 1 else titles[:1]))
     columns = "x", "y", *shown, "norm_total"
     grid_of_axes = figure.subplots(len(panels), len(shown), squeeze=False)
     for axes, panel in zip(grid_of_axes, panels, strict=True):
@@ -357,7 +358,7 @@ def landscapes(panels):
         networks = {}
         for row in panel["points"]:
             if xs[0] <= row["x"] <= xs[-1] and ys[0] <= row["y"] <= ys[-1]:
-                name = row["name"].replace("theta", r"\theta").replace("*", "^*")
+                name = str(row["name"]).replace("theta", r"\theta").replace("*", "^*")
                 networks[row["x"], row["y"]] = f"${name}$"
         for axis, name, grid in zip(axes, shown, grids, strict=False):
             label = labels[name] or f"{panel['loss']}, nats"

@@ -29,7 +29,7 @@ def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32
 
     mean, std: of the images it was trained on; a checkpoint has them in its "data". float32 images
     count as normalised already. Raises ValueError for those without a value below 0, which must be
-    pixels. The encoder's mode is restored. progress: iterates over a list, and may show how far.
+    pixels. The encoder's mode is restored. progress: iterates over a list, and may show it.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}")
@@ -54,13 +54,13 @@ def linear_probe(
 ):
     """Test accuracy in percent of a linear classifier on (N, D) features.
 
-    generator: the CPU's; it draws the classifier's start and the order of its batches.
+    generator: on the CPU; it draws the classifier's start and the order of its batches.
     """
     dim, device = train_x.shape[1], train_x.device
     fc = init_linear_(nn.utils.skip_init(nn.Linear, dim, num_classes), generator).to(device)
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW([fc.weight, fc.bias], lr=0.001, weight_decay=0.01, fused=fused)
-    with torch.enable_grad():  # also for callers without
+    with torch.enable_grad():  # a caller may have turned it off
         for _ in range(epochs):
             order = torch.randperm(len(train_x), generator=generator).to(device)
             for batch in order.split(batch_size):

@@ -57,7 +57,8 @@ def prune_smallest(masks, weights, count):
     flat = torch.cat([masks[name].flatten() for name in weights]).to(magnitudes.device)
     left = flat.nonzero().squeeze(1)  # positions of the weights kept so far
     flat[left[magnitudes[left].argsort(stable=True)[:count]]] = False
-    parts = flat.split([weight.numel() for weight in weights.values()])
+    # each in memory of its own: pickle would send all of ``flat`` with every view
+    parts = map(torch.clone, flat.split([weight.numel() for weight in weights.values()]))
     return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
 
 

@@ -1,5 +1,7 @@
 """Masks prune exactly as many as asked for, the smallest, for good; pruned weights stay 0."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,7 @@ def test_pruned_weights_are_zero_after_every_step_with_momentum_and_decay(genera
     model = init_encoder_(materialize(classifier("resnet20")), generator)
     weights = prunable(model)
     masks = prune_smallest(dense_masks(weights), weights, 100_000)
+    assert len(pickle.dumps(masks)) < 2 * 270_896, "each mask must have memory of its own"
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     options = {"momentum": 0.9, "weight_decay": 1e-4, "fused": True}
     optimizer = torch.optim.SGD(model.parameters(), 0.1, **options)

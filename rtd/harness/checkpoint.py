@@ -68,12 +68,10 @@ def make_teacher(spec, model, seed):
     """(teacher, its normalisation): a random network and None, or what ``spec`` names.
 
     spec: None; PATH:NETWORK of a distillation; or PATH:supervised, an encoder that run_lmc.py
-    trained with labels, under a random head. model: arguments of ``build_network``. Raises
-    InputError for a network that was built otherwise.
+    trained with labels, under a random head. Raises InputError for one that differs from ``model``.
     """
-    teacher = random_network(random_stream(seed, "teacher-init"), **model)
     if spec is None:
-        return teacher, None
+        return random_network(random_stream(seed, "teacher-init"), **model), None
     if spec.endswith(f":{SUPERVISED}"):
         contents = files.load_state(path_of(spec), SUPERVISED)
         state = contents["training"]["classifier"]
@@ -83,6 +81,7 @@ def make_teacher(spec, model, seed):
     odd = [f"{name} {value}" for name, value in contents["model"].items() if value != model[name]]
     if odd:
         raise InputError(f"--teacher {spec}: was built with {', '.join(odd)}; give the same flags")
+    teacher = random_network(random_stream(seed, "teacher-init"), **model)
     teacher.load_state_dict(state, strict=False)  # a classifier has an fc, and no head
     return teacher, contents["data"]
 

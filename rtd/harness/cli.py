@@ -170,7 +170,9 @@ def note_steps(args, data, world, batch_size=256):
     """Say it where a linear probe of ``data`` takes few steps."""
     steps = math.ceil(len(data.train) / batch_size) * args.probe_epochs
     if "linear" in args.probe and steps < 500:
-        world.say(f"note: the linear probe takes {steps} steps, under 500; raise --probe-epochs")
+        world.say(
+            f"note: {steps} steps (under 500) underfit the linear probe; raise --probe-epochs"
+        )
 
 
 def load_data(args, world, other=None, probed=None):
@@ -197,7 +199,7 @@ def load_sources(args, world):
     data = load_data(args, world, other, probed)
     if args.beta and (data.train.labels.min() < 0 or args.out_dim < data.num_classes):
         raise InputError(
-            f"--beta {args.beta:g}: {data.name} needs labels, and --out-dim at least their number"
+            f"--beta needs labels, and --out-dim at least {data.num_classes} for {data.name}"
         )
     check_k(args, probed or data)
     return data, probed or data

@@ -140,7 +140,8 @@ def _published_split(data_dir, download, size, say, name, which):
             intact = torchvision.datasets.utils.check_integrity
             odd = next((file for file, md5 in files.items() if not intact(file, md5)), data_dir)
             raise InputError(
-                f"{odd} is missing, or not what {source.url} has; --download fetches it"
+                f"--data-dir {data_dir}: {odd} is missing, or not what {source.url} has; "
+                "--download fetches it"
             ) from error
         images = torch.from_numpy(found.data)
         if not stl10:
@@ -230,7 +231,7 @@ def load_tinyimagenet(data_dir, size, say):
     annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
         raise InputError(
-            f"{annotations} is missing; unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+            f"--data-dir {data_dir}: {annotations} is missing; unpack tiny-imagenet-200.zip there"
         )
     classes, train = _class_folders(root / "train", say)
     with reading(annotations, "a text file"):

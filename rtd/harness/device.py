@@ -29,7 +29,7 @@ def pick_device(name, deterministic=False, launched=False, local_rank=0):
     if name == "auto":
         name = available[0]
     if name not in available:
-        place = "under torchrun" if launched else "here"
+        place = "under torchrun" if launched and name == "mps" else "here"
         raise InputError(f"--device {name}: none {place}; available: {', '.join(available)}")
     _allow_tf32(False)  # torch's default has it on for convolutions and off for matrix products
     # Sums of rounded partial sums of bfloat16 products would not resolve a KL of 1e-5.

@@ -12,7 +12,7 @@ def options(args):
 
 
 def judge(encoder, data, args, world):
-    """``probe`` of the features of ``data``, without encoder of its pixels; {} outside main."""
+    """``rtd.probes.probe`` of an encoder's features, or of the pixels (None); {} outside main."""
     source = {"mean": data.mean, "std": data.std}
     splits = data.train.images, data.test.images
     if encoder:

@@ -73,9 +73,10 @@ class Run:
 
     def _open(self, products, read):
         folder, args, config = self.folder, self.args, self.folder / "config.json"
-        if folder.is_file():
-            raise InputError(f"--out {folder} is a file, where a folder is needed")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
         inside = list(folder.glob("[!.]*"))
         if inside and not (args.resume or args.overwrite):
             raise InputError(f"--out {folder} holds a run; give --resume or --overwrite")
@@ -207,5 +208,5 @@ def draw(path, say, make, *arguments):
             plots.save(figure, file, path.suffix[1:])
         say(f"picture: {path}")
     except Exception as error:  # matplotlib may fail in any way; all numbers are written already
-        why = files.one_line(error)
-        say(f"{path.name} is not drawn ({why}); the numbers stand, and --resume draws it")
+        why = f"{files.one_line(error)}); if matplotlib is missing, pip install -e '.[full]'"
+        say(f"{path.name} is not drawn ({why}; then --resume draws it")

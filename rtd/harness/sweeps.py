@@ -83,7 +83,7 @@ def run(args, planned, device, world, do, title):
 
 
 def summarize(sweep, names, groups, probes):
-    """Write and say summary.csv: final values over the seeds, for the probes also best ones."""
+    """Write and say summary.csv: mean, deviation, n of final values, and of probes' best ones."""
     probed = probe_columns(probes)
     columns, rows = (*names, "quantity", "epoch", "mean", "std", "n"), []
     sweep.say(f"\n{sweep.folder / 'summary.csv'}: mean and standard deviation over n seeds")

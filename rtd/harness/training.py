@@ -22,8 +22,8 @@ class Training:
     ``begin_epoch(epoch)`` and ``after_step()``. data: the ``Dataset`` it is trained on. stream:
     seed and names of the run's random numbers: epoch e, from 1, has the order of
     random_stream(*stream, "batch-order", e). run: a ``Run`` with the flags batch_size, precision,
-    and perhaps fp32_steps and log_every (at least 5 steps an epoch are observed, first and last
-    among them). name: what is trained, for messages.
+    and perhaps fp32_steps, how many of the first steps are fp32, and log_every, steps between two
+    that are observed (at least 5 an epoch, first and last among them). name: for messages.
     """
 
     def __init__(self, loss, optimizer, data, stream, run, name):
@@ -152,7 +152,7 @@ class SupervisedTraining(Training):
     """Training of a classifier with labels to the end of its schedule, tested after each epoch."""
 
     def __init__(self, start, data, stream, run, name):
-        """As of ``Training``; start: ``rtd.harness.checkpoint.Start``. data: on the device."""
+        """As for ``Training``; start: ``rtd.harness.checkpoint.Start``; data lies on the device."""
         self.data = data.with_normalization(start.source)
         generator = random_stream(run.args.seed, "fc-init")
         classifier = build_classifier(start.architecture, start.state, data.num_classes, generator)
