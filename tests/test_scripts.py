@@ -29,6 +29,7 @@ from helpers import (
     image_folder,
     one_sentence,
     readers,
+    snapshot,
     state,
     table,
     well,
@@ -511,6 +512,16 @@ def test_lines_lead_from_each_trained_network_to_each(finished):
         assert errors == pytest.approx([100 - training["accuracies"][-1]] * 2)
     losses = {row["test_loss"] for row in pairs_of(rows, i=0, j=1, bn="recompute")}
     assert len(losses) == 5
+
+
+def test_lines_are_not_walked_anew_for_another_order_of_the_treatments(script, finished, tmp_path):
+    run = shutil.copytree(finished["lmc"], tmp_path / "run")
+    states, rows = [snapshot(run / "lines")], table(run / "lmc.csv")
+    flags = CASES["lmc"].flags.replace("recompute interpolate", "interpolate recompute")
+    well(script("lmc", flags, "--resume --out", run))
+    states.append(snapshot(run / "lines"))
+    first, second = ({k: v for k, v in one.items() if k.endswith(".pt")} for one in states)
+    assert first and first == second and table(run / "lmc.csv") == rows
 
 
 def test_barriers_are_the_rise_over_the_mean_of_the_ends(finished):
