@@ -47,13 +47,16 @@ def _vgg(name, norm, image_size):
     for i, layer in enumerate(layers):
         if isinstance(layer, nn.BatchNorm2d):
             layers[i] = NORMS[norm](layer.num_features)
-    return nn.Sequential(OrderedDict(features=layers, flatten=nn.Flatten()))
+    encoder = nn.Sequential(OrderedDict(features=layers, flatten=nn.Flatten()))
+    encoder.embedding_dim = 512 * (image_size // 32) ** 2  # five poolings halve the sides
+    return encoder
 
 
 def _resnet(name, norm, image_size):
     from torchvision.models import resnet
 
     model = getattr(resnet, name)(norm_layer=NORMS[norm or "batch"])
+    model.embedding_dim = model.fc.in_features
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = model.fc = nn.Identity()
     return model
@@ -70,7 +73,9 @@ def _narrow_resnet(blocks, norm, image_size):
         if stride == 2:
             shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, 2, bias=False), norm(planes))
         layers.append(BasicBlock(width, planes, stride, shortcut, norm_layer=norm))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder.embedding_dim = 64
+    return encoder
 
 
 def _vit(width, heads, norm, image_size):
@@ -82,11 +87,13 @@ def _vit(width, heads, norm, image_size):
         raise InputError(f"--image-size {image_size}: ViT patches are 8x8; choose a multiple of 8")
     sizes = {"num_heads": heads, "hidden_dim": width, "mlp_dim": 4 * width}
     model = VisionTransformer(image_size, patch_size=8, num_layers=12, **sizes)
+    model.embedding_dim = width
     model.heads = nn.Identity()
     return model
 
 
-# name: a function (norm or None for its own, image_size) -> module from images to embeddings
+# name: a function (norm or None for its own, image_size) -> module from images to embeddings,
+# which says their width as its embedding_dim
 ENCODERS = {
     **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
@@ -103,19 +110,13 @@ def build_encoder(encoder, norm=None, image_size=32):
     """The encoder called ``encoder``, on the meta device: it has shapes, but no values.
 
     norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in
-    pixels. Raises InputError for unknown encoders, and for norms and sizes that a ViT cannot have.
+    pixels. Its attribute ``embedding_dim`` is the width of an embedding. Raises InputError for
+    unknown encoders, and for norms and sizes that a ViT cannot have.
     """
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder '{encoder}': choose one of {', '.join(ENCODERS)}")
     with torch.device("meta"):
         return ENCODERS[encoder](norm, image_size)
-
-
-def embedding_dim(encoder, image_size=32):
-    """Width of the embedding of (3, image_size, image_size) images by a ``build_encoder``."""
-    with torch.no_grad(), torch.device("meta"):
-        images = torch.empty(2, 3, image_size, image_size)  # batch norm would refuse a single one
-        return encoder(images).shape[1]
 
 
 class Network(nn.Module):
@@ -149,9 +150,10 @@ def build_network(
     slots that do not go together.
     """
     encoder = build_encoder(encoder, norm, image_size)
-    width = embedding_dim(encoder, image_size)
     with torch.device("meta"):
-        head = ProjectionHead(width, hidden_dim, bottleneck_dim, out_dim, bottleneck)
+        head = ProjectionHead(
+            encoder.embedding_dim, hidden_dim, bottleneck_dim, out_dim, bottleneck
+        )
     return Network(encoder, head)
 
 

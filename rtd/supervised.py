@@ -12,7 +12,7 @@ from torch import nn
 
 from rtd.data import normalize
 from rtd.init import init_linear_, random_stream
-from rtd.models import autocast, build_encoder, embedding_dim, materialize
+from rtd.models import autocast, build_encoder, materialize
 
 PADDING = 4  # pixels
 
@@ -67,8 +67,7 @@ class Classifier(nn.Module):
 def empty_classifier(architecture, num_classes):
     """``Classifier`` with the encoder ``build_encoder(**architecture)`` makes, without values."""
     encoder = build_encoder(**architecture)
-    width = embedding_dim(encoder, architecture["image_size"])
-    return Classifier(encoder, nn.Linear(width, num_classes, device="meta"))
+    return Classifier(encoder, nn.Linear(encoder.embedding_dim, num_classes, device="meta"))
 
 
 def build_classifier(architecture, encoder_state, num_classes, generator):
