@@ -151,7 +151,7 @@ def distill(args, device, world):
     options = args.loss, args.student_temperature, args.beta, args.compile
     distiller = Distiller(student, make_target(teacher, data, run), data, *options)
     optimizer = adamw(student, args.lr, args.weight_decay, args.bias_decay)
-    training = Training(distiller, optimizer, data, (args.seed,), run, args.out.name)
+    training = Training(distiller, optimizer, (args.seed,), run, args.out.name)
     record.training = training  # to be saved with it
     if saved:
         training.load_state(saved["progress"]["training"])

@@ -14,6 +14,7 @@ Writes config.json, imp.csv (a row a round), imp.png and, in chains/, what --res
 """
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,6 +117,7 @@ def run_chain(chain, data, run):
         saved = (saved or first) | {"kept": pruned["kept"]}
     if saved:
         rows, rewind, masks, kept = (saved[k] for k in ("rows", "rewind", "masks", "kept"))
+        masks = {name: mask.to(run.device) for name, mask in masks.items()}
         training.load_state(saved["training"])
         if (done := len(rows) - 1) > args.rounds:
             raise InputError(f"--rounds {args.rounds}: {chain.file} has run {done} already")
@@ -132,13 +134,13 @@ def run_chain(chain, data, run):
             # (weights, fc, batch norm's statistics, momentum), then zero what the new mask prunes.
             # Batches and augmentation repeat the first round's.
             if chain.control:
-                masks = pruning.shuffled(kept[round_], weights, args.seed, round_)
+                masks = pruning.random_masks(kept[round_], weights, args.seed, round_)
             else:
                 left = pruning.kept_after(total, args.prune_fraction, round_)
-                masks = pruning.prune_smallest(masks, weights, pruning.remaining(masks) - left)
+                masks = pruning.prune_smallest(masks, weights, left)
             training.load_state(rewind)
         if round_:  # what the mask prunes becomes 0 again after every step of the optimizer
-            training.loss.after_step = pruning.Masking(weights, masks)
+            training.loss.after_step = partial(pruning.apply_masks_, weights, masks)
             training.loss.after_step()
         for done in training.epochs(save):
             if done == chain.rewind_epoch and rewind is None:

@@ -21,6 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import update_bn
 
 from rtd import plots
 from rtd.data import normalize, take
@@ -33,7 +34,7 @@ from rtd.harness.run import Run
 from rtd.harness.sweeps import mean_and_std, plus_minus
 from rtd.harness.training import SupervisedTraining, evaluate
 from rtd.init import random_stream
-from rtd.interpolation import error_barrier, interpolate, recompute_batch_norm_
+from rtd.interpolation import error_barrier, interpolate
 from rtd.models import autocast, materialize
 from rtd.supervised import empty_classifier
 
@@ -141,7 +142,7 @@ def walk(start, a, b, data, run):
         if bn == "recompute":
             batches = (normalize(x, data.mean, data.std) for x in images.split(args.batch_size))
             with autocast(run.device, args.precision):
-                recompute_batch_norm_(network, batches)
+                update_bn(batches, network)
         row = dict(zip(COLUMNS, (start.spec, a, b, gamma, bn), strict=False))
         for name, split in (("train", train), ("test", data.test)):
             accuracy, loss = evaluate(network, split, data, args.precision, run.world)

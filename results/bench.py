@@ -16,6 +16,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -261,8 +262,8 @@ def bench_imp(args, device):
             weights = pruning.prunable(classifier)
             masks = pruning.dense_masks(weights)
             masks = pruning.prune_smallest(masks, weights, pruning.remaining(masks) // 2)
-            loss.after_step = pruning.Masking(weights, masks)
-        training = Training(loss, sgd(classifier, flags.lr), data, (0,), run, name)
+            loss.after_step = partial(pruning.apply_masks_, weights, masks)
+        training = Training(loss, sgd(classifier, flags.lr), (0,), run, name)
         rows[name] = lambda to=training: to.run_epoch(to.epoch + 1, None)
     seconds = medians(rows, args.rounds, device)
     print_ratios({k: s / (1 if k == BARE else batches) for k, s in seconds.items()}, "step", "bare")

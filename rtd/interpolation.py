@@ -4,11 +4,11 @@
     theta(x, y)  = (1 - p - q) theta_0 + p theta_1 + q theta_2,              (p, q) linear in (x, y)
 
 Figs. 5 and 13 to 16 show planes. Batch norm's statistics can be interpolated too, or estimated anew
-from training images: the activations of a mixture of networks are no mixtures of theirs.
+from training images (``torch.optim.swa_utils.update_bn``): the activations of a mixture of networks
+are no mixtures of theirs.
 """
 
 import torch
-from torch import nn
 
 PLANES = ("interpolation", "orthogonal")
 
@@ -31,27 +31,6 @@ def interpolate(a, b, gamma):
         name: x * (1 - gamma) + b[name] * gamma if x.is_floating_point() else x.clone()
         for name, x in a.items()
     }
-
-
-@torch.no_grad()
-def recompute_batch_norm_(network, batches):
-    """Set the running statistics of all batch norms to their averages over ``batches``, in place.
-
-    batches: an iterable of inputs, not touched for a network without batch norm. The network's mode
-    is restored.
-    """
-    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    momenta, was_training = [norm.momentum for norm in norms], network.training
-    for norm in norms:
-        norm.reset_running_stats()
-    network.train()
-    for i, batch in enumerate(batches if norms else (), start=1):
-        for norm in norms:
-            norm.momentum = 1 / i  # None means the same, but waits for a GPU in each norm
-        network(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    network.train(was_training)
 
 
 class Plane:

@@ -16,10 +16,10 @@ teacher d = 0 and KL = 0.
 import math
 
 import torch
+from torch.optim.swa_utils import update_bn
 
 from rtd import losses
 from rtd.data import normalize
-from rtd.interpolation import recompute_batch_norm_
 from rtd.last_layer import blocks, output_log_mean_exp
 from rtd.models import autocast
 from rtd.probes import probe
@@ -115,7 +115,7 @@ class Landscape:
         images = self.images["train"]
         count = math.ceil(len(images) / self.batch_size)
         # each batch takes images from all over the set, which may be sorted by class
-        recompute_batch_norm_(network.encoder, (images[i::count] for i in range(count)))
+        update_bn((images[i::count] for i in range(count)), network.encoder)
 
     @torch.no_grad()
     def evaluate(self, network, probes=(), **options):

@@ -43,27 +43,26 @@ def kept_after(total, fraction, rounds):
 
 
 @torch.no_grad()
-def prune_smallest(masks, weights, count):
-    """New masks, in which exactly ``count`` of the weights kept so far, the smallest, are pruned.
+def prune_smallest(masks, weights, keep):
+    """New masks, which keep the largest ``keep`` of the weights that ``masks`` keep.
 
-    masks, weights: tensors of the same shapes by the same names. Of equal magnitudes the first go,
-    in the dict's and in row-major order. Raises ValueError for more than is left.
+    masks, weights: tensors of the same shapes by the same names, on one device. Of equal magnitudes
+    the first go, in the dict's and in row-major order. Raises ValueError for more than is left.
     """
-    if odd := masks.keys() ^ weights.keys():
-        raise ValueError(f"masks and weights have different names: {sorted(odd)}")
-    if not 0 <= count <= remaining(masks):
-        raise ValueError(f"{count} weights cannot be pruned: {remaining(masks)} are left")
-    magnitudes = torch.cat([weight.flatten() for weight in weights.values()]).abs()
-    flat = torch.cat([masks[name].flatten() for name in weights]).to(magnitudes.device)
-    left = flat.nonzero().squeeze(1)  # positions of the weights kept so far
-    flat[left[magnitudes[left].argsort(stable=True)[:count]]] = False
-    # each in memory of its own: pickle would send all of ``flat`` with every view
-    parts = map(torch.clone, flat.split([weight.numel() for weight in weights.values()]))
-    return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
+    magnitudes = torch.cat([weight[masks[name]] for name, weight in weights.items()]).abs()
+    if not 0 <= keep <= len(magnitudes):
+        raise ValueError(f"{keep} weights cannot be kept: {len(magnitudes)} are left")
+    kept = torch.zeros_like(magnitudes, dtype=torch.bool)
+    kept[magnitudes.argsort(stable=True)[len(kept) - keep :]] = True
+    parts = kept.split([int(masks[name].sum()) for name in weights])
+    return {n: masks[n].masked_scatter(masks[n], p) for n, p in zip(weights, parts, strict=True)}
 
 
-def shuffled(kept, weights, seed, round_):
-    """The control: masks that keep as many weights of a layer as ``kept`` says, anywhere in it."""
+def random_masks(kept, weights, seed, round_):
+    """The control: masks that keep ``kept[name]`` weights of a layer at random places.
+
+    Those of two rounds are unrelated: a weight that one prunes may return in the next.
+    """
     masks = {}
     for name, weight in weights.items():
         generator = random_stream(seed, "shuffle", round_, name)
@@ -72,21 +71,11 @@ def shuffled(kept, weights, seed, round_):
     return masks
 
 
-class Masking:
-    """Keeps the pruned weights of a network at exactly 0: to be called after every optimizer step.
+@torch.no_grad()
+def apply_masks_(weights, masks):
+    """Set what ``masks`` prune of ``weights`` to exactly 0, in place: after every optimizer step.
 
-    Whatever momentum and weight decay made of a pruned weight is undone before it is used. Masks
-    are kept as factors of the weights' type and layout, so that a call is one pass over them.
+    Whatever momentum and weight decay made of a pruned weight is undone before it is used.
     """
-
-    @torch.no_grad()
-    def __init__(self, weights, masks):
-        """weights: {name: parameter}. masks: {name: bool tensor of its shape}, on any device."""
-        if {k: mask.shape for k, mask in masks.items()} != {k: w.shape for k, w in weights.items()}:
-            raise ValueError("the masks do not fit the weights")
-        self._weights = list(weights.values())
-        self._factors = [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
-
-    @torch.no_grad()
-    def __call__(self):
-        torch._foreach_mul_(self._weights, self._factors)
+    for name, weight in weights.items():
+        weight.mul_(masks[name])

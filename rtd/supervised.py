@@ -93,7 +93,7 @@ class SupervisedLoss(nn.Module):
         self.draws = draw_augmentation(len(images), generator).to(images.device)
 
     def after_step(self):
-        """Nothing, unless a ``rtd.pruning.Masking`` takes its place."""
+        """Nothing, unless ``rtd.pruning.apply_masks_`` takes its place."""
 
     def forward(self, index, observe=False, precision="fp32"):
         """index: (B,) positions of training images -> (mean cross-entropy,)."""

@@ -193,7 +193,6 @@ FOREIGN = {
 }
 UNREADABLE = {
     "dangling": lambda path: path.symlink_to("nowhere.png"),
-    "folder": Path.mkdir,
     "empty": written(b""),
     "text": written(b"not an image"),
     "png": written(b"\x89PNG\r\n\x1a\n" + bytes(40)),
@@ -572,19 +571,6 @@ def distilled(script, images, epochs=0):
     """``Result`` of a distillation on a folder of images, into a folder beside it."""
     more = ["--probe none --epochs", epochs, "--out", f"{images}-run"]
     return script("distill", TINY, helpers.IMAGES.format(images=images), *more)
-
-
-def test_other_files_among_the_images_are_counted_and_hidden_ones_ignored(script, tmp_path):
-    train = helpers.image_folder(tmp_path / "images") / "train"
-    for folder in ("inside", ".hidden"):
-        (train / "one" / folder).mkdir()
-    for name in ("a.gif", "Thumbs.db", "../notes.txt", "inside/b.gif", ".c.png", ".hidden/0.png"):
-        (train / "one" / name).touch()
-    (train / "one" / "linked").symlink_to(train, target_is_directory=True)  # where it lies
-    result = distilled(script, tmp_path / "images")
-    said = {f"5 files that are not images were left out of {train}"}
-    said |= {f"decoding the 12 images of {train}"}
-    assert result.code == 0 and said < {*result.out.splitlines()}, result
 
 
 def test_images_that_cameras_turned_are_turned_back(script, tmp_path):

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from rtd import distill, interpolation, landscape, last_layer, losses, probes, pruning
-from rtd.data import Dataset, Split, normalize
+from rtd.data import Dataset, Split
 from rtd.errors import InputError
 from rtd.harness import device as devices
 from rtd.models import build_network, random_network
@@ -142,13 +142,11 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(meta, encoder, precisi
 
 def test_lines_masks_and_divergences_stay_on_their_device_and_wait_for_nothing(meta):
     network, images = build_network(**SMALL).eval(), black(meta).train.images
-    interpolation.recompute_batch_norm_(network, normalize(images, MEAN, STD).split(3))
     state = network.state_dict()
     mixed = interpolation.interpolate(state, state, 0.3)
     assert {x.device for x in (*state.values(), *mixed.values())} == {meta}
     weights = pruning.prunable(network)
-    masks = {name: torch.ones(w.shape, dtype=torch.bool) for name, w in weights.items()}
-    pruning.Masking(weights, masks)()  # read from a file, they are on the CPU
+    pruning.apply_masks_(weights, pruning.dense_masks(weights))
     f = probes.extract_features(network.encoder, images, MEAN, STD, batch_size=3)
     z, weight = torch.empty(8, 16, device=meta), torch.empty(300, 16, device=meta)
     sides = landscape.teacher_side(z, weight)
@@ -159,7 +157,6 @@ def test_lines_masks_and_divergences_stay_on_their_device_and_wait_for_nothing(m
 def test_a_point_of_a_landscape_is_waited_for_once_and_one_of_a_line_never():
     network = random_network(torch.Generator().manual_seed(0), **SMALL).eval()
     place = landscape.Landscape(network, black("cpu"), batch_size=2)
-    assert waits(lambda: place.recompute_batch_norm_(network)) == 0
     assert waits(lambda: place.evaluate(network)) <= 1  # tolist on the CPU counts as none
     state = network.state_dict()
     assert waits(lambda: interpolation.interpolate(state, state, 0.3)) == 0

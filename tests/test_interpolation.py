@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
-from rtd.data import normalize
-from rtd.interpolation import Plane, error_barrier, interpolate, recompute_batch_norm_
+from rtd.interpolation import Plane, error_barrier, interpolate
 
 
 def network(seed):
@@ -51,20 +49,6 @@ def test_ends_of_the_line_are_the_networks_bit_for_bit_and_sides_may_be_swapped(
 def test_error_barrier_is_the_rise_over_the_mean_of_the_ends():
     assert error_barrier([10, 30, 50, 20]) == 35
     assert error_barrier([10, 10, 10]) == 0
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_recomputed_statistics_are_those_of_torchs_own_function_bit_for_bit(generator, training):
-    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    ours, torchs = network(0).train(training), network(0)
-    ours[1].running_mean.fill_(torch.nan)  # whatever was there before
-    ours[1].num_batches_tracked.fill_(7)
-    batches = normalize(images, (0, 0, 0), (1, 1, 1)).split(6)
-    recompute_batch_norm_(ours, batches)
-    assert ours.training is training and ours[1].momentum == 0.1
-    update_bn(batches, torchs)
-    for name, tensor in torchs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], tensor)
 
 
 def test_corners_of_an_interpolation_plane_are_the_networks_bit_for_bit():

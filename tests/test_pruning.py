@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rtd.init import init_encoder_
 from rtd.models import materialize, parameter_count
-from rtd.pruning import Masking, dense_masks, kept_after, prunable, prune_smallest, remaining
+from rtd.pruning import apply_masks_, dense_masks, kept_after, prunable, prune_smallest, remaining
 from rtd.supervised import empty_classifier
 
 
@@ -51,7 +51,7 @@ def test_after_r_rounds_the_pruned_fraction_is_the_papers(generator, fraction):
     for r in range(1, 15):
         before = masks
         weights = some_weights(generator, (101, 7), (333,))  # "trained" anew
-        masks = prune_smallest(before, weights, remaining(before) - kept_after(total, fraction, r))
+        masks = prune_smallest(before, weights, kept_after(total, fraction, r))
         pruned += (1 - fraction) ** (r - 1) * fraction
         assert abs(total - remaining(masks) - pruned * total) <= 1
         was, now, size = flat(before).numpy(), flat(masks).numpy(), flat(weights).abs().numpy()
@@ -62,37 +62,30 @@ def test_after_r_rounds_the_pruned_fraction_is_the_papers(generator, fraction):
 
 def test_ties_prune_no_more_than_asked_and_pruned_weights_are_not_counted_again():
     weights = {"w": torch.tensor([1.0, -1] * 5)}
-    masks = prune_smallest(dense_masks(weights), weights, 2)
+    masks = prune_smallest(dense_masks(weights), weights, 8)
     assert masks["w"].tolist() == [False] * 2 + [True] * 8
     weights = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
-    masks = prune_smallest(dense_masks(weights), weights, 4)
+    masks = prune_smallest(dense_masks(weights), weights, 3)
     assert flat(masks).tolist() == [False] * 4 + [True] * 3
-    assert flat(prune_smallest(masks, weights, 3)).tolist() == [False] * 7
+    assert flat(prune_smallest(masks, weights, 0)).tolist() == [False] * 7
     masks = {"w": torch.tensor([False, True, True, True])}
     weights = {"w": torch.tensor([0.0, 3.0, -2.0, 1.0])}
-    assert prune_smallest(masks, weights, 1)["w"].tolist() == [False, True, True, False]
+    assert prune_smallest(masks, weights, 2)["w"].tolist() == [False, True, True, False]
     assert masks["w"].tolist() == [False, True, True, True]  # the argument is left alone
 
 
-def test_more_than_is_left_and_masks_that_do_not_fit_are_refused(generator):
+def test_more_than_is_left_cannot_be_kept(generator):
     weights = some_weights(generator, (7, 3, 2), (11,), (5, 5))
-    dense = dense_masks(weights)
-    masks = prune_smallest(dense, weights, 70)
-    for count in (remaining(masks) + 1, -1):
+    masks = prune_smallest(dense_masks(weights), weights, 8)
+    for keep in (9, -1):
         with pytest.raises(ValueError, match="8 are left"):
-            prune_smallest(masks, weights, count)
-    assert remaining(prune_smallest(masks, weights, remaining(masks))) == 0
-    with pytest.raises(ValueError, match="names"):
-        prune_smallest(masks, {"other": weights["w0"]}, 1)
-    for others in ({"w0": torch.ones(7, 3, 2)}, dense | {"w1": torch.ones(12, dtype=torch.bool)}):
-        with pytest.raises(ValueError, match="fit"):
-            Masking(weights, others)
+            prune_smallest(masks, weights, keep)
 
 
 def test_pruned_weights_are_zero_after_every_step_with_momentum_and_decay(generator):
     model = init_encoder_(materialize(classifier("resnet20")), generator)
     weights = prunable(model)
-    masks = prune_smallest(dense_masks(weights), weights, 100_000)
+    masks = prune_smallest(dense_masks(weights), weights, 170_896)
     assert len(pickle.dumps(masks)) < 2 * 270_896, "each mask must have memory of its own"
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     options = {"momentum": 0.9, "weight_decay": 1e-4, "fused": True}
@@ -109,12 +102,11 @@ def test_pruned_weights_are_zero_after_every_step_with_momentum_and_decay(genera
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(start[name])
-    masking = Masking(weights, masks)
-    masking()
+    apply_masks_(weights, masks)
     assert all(torch.equal(weight, start[name] * masks[name]) for name, weight in weights.items())
     for _ in range(3):
         step()
         assert any((w[~masks[name]] != 0).any() for name, w in weights.items())  # it moves them
-        masking()
+        apply_masks_(weights, masks)
         assert all((w[~masks[name]] == 0).all() for name, w in weights.items())
         assert all((w[masks[name]] != 0).any() for name, w in weights.items())

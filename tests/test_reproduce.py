@@ -59,6 +59,16 @@ def test_each_command_is_one_that_its_script_takes(script):
     assert found
 
 
+def test_pictures_of_several_planes_are_drawn_by_their_command(script, tmp_path):
+    """Of the planes in results/: reproduce.py has copied them from where the command reads them."""
+    page = (ROOT / PAGES[1]).read_text()
+    found = re.findall(r"(?m)^python (run_landscape\.py --plot-only .*small.*) --out", page)
+    for flags in found:
+        flags = re.sub(r"runs/reproduce/(\w+)-small", rf"{ROOT}/results/\1/small", flags)
+        assert script("landscape", flags.partition(" ")[2], "--out", tmp_path / "x.png").code == 0
+    assert found
+
+
 def test_a_row_runs_resumes_and_can_be_taken_over(clone):
     row = ("fig10", "--scale", "toy", "--device", "cpu")
     reproduce(clone, *row)

@@ -3,14 +3,13 @@
 ``stl10-unlabelled``, ``cifar5m`` and ``noise`` have no test images of their own: a student is
 distilled on them, and its features are probed on another data set (paper Fig. 4).
 
-What is slow to read (image files, published sets at another size) is decoded and resized once, into
-a cache beside it. torchvision, PIL and scikit-learn are imported where they are used, because a
-script's --help should not wait for them.
+Image files are decoded and resized once, into a cache beside them. torchvision, PIL and
+scikit-learn are imported where they are used, because a script's --help should not wait for them.
 """
 
 import contextlib
 import hashlib
-import re
+import os
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -121,37 +120,24 @@ def load_noise(n, like):
 
 
 def _published_split(data_dir, download, size, say, name, which):
-    """A split of one of ``PUBLISHED``, verified by torchvision and resized once, into a cache."""
+    """A split of one of ``PUBLISHED``, verified by torchvision, at ``size``."""
     import torchvision
 
     source, stl10 = getattr(torchvision.datasets, name.upper()), name == "stl10"
-    checksums = dict([*source.train_list, *source.test_list])  # of the files by name
-    if not stl10:
-        checksums[source.meta["filename"]] = source.meta["md5"]
-    files = {Path(data_dir, source.base_folder, file): md5 for file, md5 in checksums.items()}
-
-    def make():
-        say(f"reading the {which} images of {name} from {data_dir}")
-        try:
-            found = source(data_dir, which if stl10 else which == "train", download=download)
-        except (URLError, ConnectionError, TimeoutError) as error:
-            raise InputError(f"--download: {source.url} cannot be fetched ({error})") from error
-        except RuntimeError as error:  # which does not say which file
-            intact = torchvision.datasets.utils.check_integrity
-            odd = next((file for file, md5 in files.items() if not intact(file, md5)), data_dir)
-            raise InputError(
-                f"--data-dir {data_dir}: {odd} is missing, or not what {source.url} has; "
-                "--download fetches it"
-            ) from error
-        images = torch.from_numpy(found.data)
-        if not stl10:
-            images = images.permute(0, 3, 1, 2).contiguous()
-        labels = found.labels if stl10 else found.targets
-        return Split(resize(images, size), torch.as_tensor(labels, dtype=torch.int64))
-
-    if size == (96 if stl10 else 32) or not all(map(Path.is_file, files)):
-        return make()
-    return _cached(data_dir, f"{name}-{which}", files.items(), size, make, say)
+    say(f"reading the {which} images of {name} from {data_dir}")
+    try:
+        found = source(data_dir, which if stl10 else which == "train", download=download)
+    except (URLError, ConnectionError, TimeoutError) as error:
+        raise InputError(f"--download: {source.url} cannot be fetched ({error})") from error
+    except RuntimeError as error:  # which does not say which file
+        folder = Path(data_dir, source.base_folder)
+        raise InputError(
+            f"--data-dir {data_dir}: {folder} is missing, or not what {source.url} has; --download "
+            "fetches it"
+        ) from error
+    images, labels = torch.from_numpy(found.data), found.labels if stl10 else found.targets
+    images = images if stl10 else images.permute(0, 3, 1, 2).contiguous()
+    return Split(resize(images, size), torch.as_tensor(labels, dtype=torch.int64))
 
 
 def _tensor(path, key):
@@ -212,8 +198,8 @@ def load_folder(data_dir, size, say):
     """
     root = Path(data_dir)
     held_out = "test" if (root / "test").is_dir() else "val"
-    classes, train = _class_folders(root / "train", say)
-    same, test = _class_folders(root / held_out, say)
+    classes, train = _class_folders(root / "train")
+    same, test = _class_folders(root / held_out)
     if odd := {*classes} ^ {*same}:
         raise InputError(f"--data-dir {root}: only train or {held_out} has the class {min(odd)}")
     train = _decoded(root, "train", train, size, say)
@@ -233,7 +219,7 @@ def load_tinyimagenet(data_dir, size, say):
         raise InputError(
             f"--data-dir {data_dir}: {annotations} is missing; unpack tiny-imagenet-200.zip there"
         )
-    classes, train = _class_folders(root / "train", say)
+    classes, train = _class_folders(root / "train")
     with reading(annotations, "a text file"):
         lines = annotations.read_text(encoding="utf-8").splitlines()
     held_out = []
@@ -250,59 +236,53 @@ def load_tinyimagenet(data_dir, size, say):
     return Dataset("tinyimagenet", train, test, len(classes), *IMAGENET)
 
 
-def _class_folders(root, say):
+def _class_folders(root):
     """The names of the class folders in ``root``, and [(path, label)] of their images, by path.
 
-    A label is its class's place among the names. Other files are counted, hidden ones ignored.
+    A label is its class's place among the names. Files that are no images, or hidden, are ignored.
     """
+    from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import is_image_file
 
-    def entries(folder):
-        with reading(folder):  # glob and os.walk would skip a folder that cannot be read
-            paths = sorted(folder.iterdir())
-        # TinyImageNet publishes boxes beside its images
-        return [path for path in paths if not re.match(r"\.|.*_boxes\.txt$", path.name)]
+    def is_shown(path):
+        return is_image_file(path) and not os.path.basename(path).startswith(".")
 
-    def files(folder):
-        for path in entries(folder):
-            # a link to a folder is not followed: it may lead back to where it lies
-            if is_image_file(path.name) or path.is_symlink() or not path.is_dir():
-                yield path
-            else:
-                yield from files(path)
-
-    classes, images, others = [], [], 0
-    for folder in entries(root) if root.is_dir() else []:
-        if not folder.is_dir():
-            others += 1
-            continue
-        found = list(files(folder))
-        named = [(path, len(classes)) for path in found if is_image_file(path.name)]
-        if not named:
-            raise InputError(f"--data-dir: no image (.png, .jpg, ...) in the class folder {folder}")
-        classes.append(folder.name)
-        images += named
-        others += len(found) - len(named)
-    if len(classes) < 2:
+    try:
+        found = ImageFolder(root, is_valid_file=is_shown)
+    except FileNotFoundError as error:
         raise InputError(
-            f"--data-dir {root.parent}: train and test (or val) need a folder of images for each "
-            f"class, at least two; {root} holds {len(classes)}"
-        )
-    if others:
-        say(f"{others} files that are not images were left out of {root}")
-    return classes, images
+            f"--data-dir {root.parent}: train and test (or val) need a folder of images (.png, "
+            f".jpg, ...) for each class: {error}"
+        ) from error
+    return found.classes, found.samples
 
 
 def _decoded(root, split, files, size, say):
-    """The ``Split`` of the images [(path, label)], brought to ``size``, or what a cache has."""
+    """The ``Split`` of the images [(path, label)] at ``size``, or what a cache has of them.
 
-    def make():
-        say(f"decoding the {len(files)} images of {root / split}")
-        shown = progress(files, f"decoding {split}", "images")
-        images = torch.stack([_decode(path, size) for path, _ in shown])
-        return Split(images, torch.tensor([label for _, label in files]))
-
-    return _cached(root, split, files, size, make, say)
+    The cache, ``root``/.rtd-<split>-<size>.npz, is made anew if a path, its size, its time of
+    modification or its label changes.
+    """
+    cache, digest = root / f".rtd-{split}-{size}.npz", hashlib.sha256(f"{size}".encode())
+    for path, label in files:
+        with reading(path):
+            found = os.stat(path)
+        digest.update(f"\n{path!a} {found.st_size} {found.st_mtime_ns} {label}".encode())
+    with contextlib.suppress(InputError, MemoryError):  # no cache, or a damaged one
+        labels = _tensor(cache, digest.hexdigest())  # of other files, there is no array so named
+        return Split(_tensor(cache, "images"), labels)
+    say(f"decoding the {len(files)} images of {root / split}")
+    shown = progress(files, f"decoding {split}", "images")
+    images = torch.stack([_decode(path, size) for path, _ in shown])
+    labels = torch.tensor([label for _, label in files])
+    try:
+        for temporary in root.glob(f".{cache.name}.*.tmp"):
+            temporary.unlink()  # of a process that was killed while it wrote
+        with atomic_write(cache) as file:
+            np.savez(file, images=images, **{digest.hexdigest(): labels})
+    except OSError as error:
+        say(f"the {size}x{size} images are not cached ({error})")
+    return Split(images, labels)
 
 
 def _decode(path, size):
@@ -316,29 +296,3 @@ def _decode(path, size):
         upright = ImageOps.exif_transpose(image).convert("RGB")
     upright = functional.center_crop(functional.resize(upright, size), size)
     return functional.pil_to_tensor(upright)
-
-
-def _cached(folder, name, files, size, make, say):
-    """The ``Split`` that ``make()`` returns, or ``folder``/.rtd-<name>-<size>.npz if still valid.
-
-    files: [(path, label)] of what it is made from. The cache is made anew if a path, its size, its
-    time of modification or its label changes. size: the images' side in pixels.
-    """
-    cache = Path(folder, f".rtd-{name}-{size}.npz")
-    digest = hashlib.sha256(f"{size}".encode())
-    for path, label in files:
-        with reading(path):
-            found = path.stat()
-        digest.update(f"\n{path!a} {found.st_size} {found.st_mtime_ns} {label}".encode())
-    with contextlib.suppress(InputError, MemoryError):  # no cache, or a damaged one
-        labels = _tensor(cache, digest.hexdigest())  # of other files, there is no array so named
-        return Split(_tensor(cache, "images"), labels)
-    split = make()
-    try:
-        for temporary in cache.parent.glob(f".{cache.name}.*.tmp"):
-            temporary.unlink()  # of a process that was killed while it wrote
-        with atomic_write(cache) as file:
-            np.savez(file, images=split.images, **{digest.hexdigest(): split.labels})
-    except OSError as error:
-        say(f"the {size}x{size} images are not cached ({error})")
-    return split

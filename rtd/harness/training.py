@@ -19,20 +19,21 @@ class Training:
     """Trains a module whose forward pass is its loss, one epoch after the other.
 
     loss: a module with loss(index, observe, precision) -> (loss, more to log where ``observe``),
-    ``begin_epoch(epoch)`` and ``after_step()``. data: the ``Dataset`` it is trained on. stream:
-    seed and names of the run's random numbers: epoch e, from 1, has the order of
-    random_stream(*stream, "batch-order", e). run: a ``Run`` with the flags batch_size, precision,
-    and perhaps fp32_steps, how many of the first steps are fp32, and log_every, steps between two
-    that are observed (at least 5 an epoch, first and last among them). name: for messages.
+    ``begin_epoch(epoch)``, ``after_step()``, for ``start`` also ``evaluate_start(batches)``, and
+    ``data``, the ``Dataset`` it is trained on. stream: seed and names of the run's random numbers:
+    epoch e, from 1, has the order of random_stream(*stream, "batch-order", e). run: a ``Run`` with
+    the flags batch_size, precision, and perhaps fp32_steps, how many of the first steps are fp32,
+    and log_every: every so many steps one is observed, at least 5 an epoch, first and last among
+    them. name: for messages.
     """
 
-    def __init__(self, loss, optimizer, data, stream, run, name):
+    def __init__(self, loss, optimizer, stream, run, name):
         self.loss, self.optimizer, self.run, self.name = loss, optimizer, run, name
         self.args, self.world, self.device = run.args, run.world, run.device
-        self.count, self.stream = len(data.train), stream
-        self.steps = -(-self.count // self.args.batch_size)  # of an epoch
+        self.count, self.stream = len(loss.data.train), stream
+        self.steps = -(-self.count // self.args.batch_size)  # an epoch
         self.epoch, self.losses, self.observed = 0, [], []  # of the epoch being worked on, or done
-        # of all processes together, of what this session did of the last epoch
+        # of the last epoch, over all processes; only the steps of this session count
         self.images_per_second = None
         self.observed_steps = []
         if every := getattr(self.args, "log_every", None):
@@ -98,8 +99,8 @@ class Training:
             # on a GPU, reading the loss would wait for the step: there the epoch's end finds out
             if self.device.type == "cpu" and self.world.size == 1 and not loss.isfinite():
                 self._diverged()
-            # what the loss has not dropped itself; earlier, the memory that its forward pass needs
-            # would go back to the system
+            # Only now: a gradient that is dropped before the forward pass gives its memory back to
+            # the system, and the pass has to fetch it again.
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
@@ -158,14 +159,14 @@ class SupervisedTraining(Training):
         classifier = build_classifier(start.architecture, start.state, data.num_classes, generator)
         self.classifier = classifier.to(run.device)
         loss = SupervisedLoss(classifier, self.data, stream)
-        super().__init__(loss, sgd(classifier, run.args.lr), data, stream, run, name)
+        super().__init__(loss, sgd(classifier, run.args.lr), stream, run, name)
         self.accuracies, self.seconds = [], 0.0  # on the test split after each epoch; of all epochs
 
     def epochs(self, save):
         """Train to the end of the schedule, test after each epoch, ``save()`` where it is due.
 
-        Yields how many epochs are done: at once, and after each further one before it is saved, so
-        that what the caller notes at the yield is in the file.
+        Yields the number of finished epochs: first before any training, then after each epoch and
+        before it is saved, so that what the caller changes at a yield is saved with it.
         """
         args = self.args
         yield len(self.accuracies)
