@@ -5,7 +5,8 @@ to reproduce its outputs, on images alone: no labels, no augmentation. Linear an
 find the student's features much better than the teacher's. They get worse first, for up to 1,000
 steps, or 6,000 with --no-weight-norm: that belongs to the method.
 
-    python run_distill.py                                      # digits, nothing to download
+    python run_distill.py --out-dim 4096 --batch-size 16 --lr 3e-4 --epochs 6 --probe-epochs 100
+                                                               # digits, nothing to download
     python run_distill.py --dataset cifar10 --data-dir data    # the paper's protocol, 100 epochs
     python run_distill.py --alpha 0 .2 .4 .6 .8 1 --seed 0 1 2 # a sweep: 18 runs (Figs. 3, 17)
     torchrun --nproc-per-node=4 run_distill.py ...             # on four processes
@@ -24,7 +25,7 @@ from pathlib import Path
 from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, distance, teacher_answers
 from rtd.errors import InputError
 from rtd.harness import cli, sweeps
-from rtd.harness.checkpoint import make_teacher, source_of
+from rtd.harness.checkpoint import read_teacher, source_of
 from rtd.harness.cli import non_negative_float, non_negative_int, positive_float, positive_int
 from rtd.harness.console import progress
 from rtd.harness.datasets import DATASETS, LABELLED, fingerprints
@@ -86,7 +87,7 @@ def parse_args(argv=None):
     cli.add_output_flags(parser)
     add = parser.group("log")
     add("--probe-every", positive_int, 1, "epochs between two probes; the first and the last epoch are always probed")
-    add("--log-every", positive_int, 30, "steps between two whose KL and entropies enter the epoch's means, at least 5 an epoch; its loss is over all")
+    add("--log-every", positive_int, 30, "number N: KL and entropies are means over every Nth step, at least 5 an epoch; the loss is the mean over all steps")
     # fmt: on
     args = cli.parse(parser, argv, *sweeps.SWEPT)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"
@@ -102,7 +103,7 @@ def main(args, device, world):
     for run in planned:  # refuse what cannot be built before anything is computed
         build_network(**model_of(run))
         if run.teacher:
-            make_teacher(run.teacher, model_of(run), run.seed)
+            read_teacher(run.teacher, model_of(run))
     if not sweeps.varied(args):
         distill(planned[0], device, world)
     else:
@@ -121,8 +122,11 @@ def distill(args, device, world):
 
     # Teacher: a random network. Student: theta_S(alpha), next to it.
     model = model_of(args)
-    teacher, source = make_teacher(args.teacher, model, args.seed)
-    data = data.with_normalization(source or source_of(data))
+    teacher = random_network(random_stream(args.seed, "teacher-init"), **model)
+    if args.teacher:
+        state, source = read_teacher(args.teacher, model)
+        teacher.load_state_dict(state, strict=False)  # a classifier has an fc, and no head
+        data = data.with_normalization(source)
     probed = probed.with_normalization(source_of(data))
     student = random_network(random_stream(args.seed, "student-init"), **model)
     init_student_(student, teacher, args.alpha)
@@ -223,7 +227,7 @@ class Record:
         row["images_per_second"] = training.images_per_second
         self.rows.append(row)
         found = {p: x for p in self.args.probe if (x := row[f"student_{p}"]) is not None}
-        first = next(iter(found.values()), -1)  # of the probes, it decides what is best
+        first = next(iter(found.values()), -1)  # the first probe decides which epoch is the best
         if epoch and first > self.best:
             self.best, self.best_contents = first, copy.deepcopy(self.contents())
         if self.run.save_is_due(epoch, epochs):

@@ -2,7 +2,7 @@
 
 Train with labels, prune the smallest weights, rewind the others to where they were at epoch l,
 train again. From a random start this needs l > 0 or loses accuracy; from a student, distilled
-without labels, the paper finds that l = 0 does: its weights already hold the winning tickets.
+without labels, the paper finds that l = 0 suffices: its weights already hold the winning tickets.
 
     python run_imp.py --encoder resnet20 --epochs 4 --rounds 3           # digits, about a minute
     python run_imp.py --dataset cifar10 --data-dir data --rewind-epoch 0 1 2 5 \\
@@ -10,6 +10,7 @@ without labels, the paper finds that l = 0 does: its weights already hold the wi
     torchrun --nproc-per-node=4 run_imp.py ...            # the processes share the chains
 
 A chain is a start and a rewind epoch, and with --control shuffle also the same with shuffled masks.
+In imp.csv, sparsity and remaining_parameters count only what --prune says may be pruned.
 Writes config.json, imp.csv (a row a round), imp.png and, in chains/, what --resume needs.
 """
 
@@ -38,7 +39,7 @@ def parse_args(argv=None):
     add = parser.group("start with these")
     cli.add_data_flags(add)
     cli.add_init_flags(add)
-    add("--rounds", cli.non_negative_int, 10, "rounds of pruning; 10 leave a tenth of the weights, 20 a hundredth; --resume can add some")
+    add("--rounds", cli.non_negative_int, 10, "rounds of pruning; with --prune-fraction 0.2, 10 leave a tenth of the weights, 20 a hundredth; --resume can add some")
     add("--out", Path, Path("runs/imp"), "folder of the run")
     cli.add_file_flags(parser)
     add = parser.group("pruning")
@@ -111,7 +112,7 @@ def run_chain(chain, data, run):
     total = pruning.remaining(masks)
     rows, kept = [], []  # of each round; kept: how many weights of each layer
     saved = run.load(f"{chain.file}.pt", None if chain.control else table)
-    if chain.control:  # the first round, and how many weights are kept, are those of its chain
+    if chain.control:  # it shares round 0 of its chain, and keeps as many weights of each layer
         pruned = run.load(f"{chain._replace(control=None).file}.pt")
         first = pruned | {"rows": [pruned["rows"][0] | {"control": chain.control}]}
         saved = (saved or first) | {"kept": pruned["kept"]}

@@ -1,9 +1,10 @@
 """The distillation loss (section 3, App. A), with what is constant taken out of it.
 
-The teacher is frozen and the images are not augmented, so what the teacher says about an image
+The teacher is frozen, in eval mode, and images are not augmented, so what it says about an image
 never changes: its bottleneck vector (256 numbers, not 65,536 outputs) and the normaliser of its
 soft-max are computed once, and a step forms the teacher's outputs from them with one product
-(``rtd.last_layer``). A step of the algorithm is
+(``rtd.last_layer``). The student is in train mode: its batch norm, where it has one, sees the
+batch. A step of the algorithm is
 
     loss = distiller(index)[0];  loss.backward();  optimizer.step()
 
@@ -39,9 +40,9 @@ def adamw(student, lr=0.001, weight_decay=0.0, bias_decay=0.0):
 def teacher_answers(teacher, mean, std, temperature, images, batch_size=256, progress=iter):
     """What ``teacher`` says about (N, 3, H, W) images, in float32 and eval mode: (N, K + 1).
 
-    The first K numbers are the bottleneck vector, the last is the normaliser of the soft-max; a
-    million images take 1 GB for K = 256. mean, std: the images' normalisation. progress: iterates
-    over a list, and may say how far it is.
+    The first K numbers are the bottleneck vector over the temperature, the last is the normaliser
+    of the soft-max; a million images take 1 GB for K = 256. mean, std: the images' normalisation.
+    progress: iterates over a list, and may say how far it is.
     """
     teacher.eval()
     weight = teacher.head.l2_bottleneck.normalized_weight()

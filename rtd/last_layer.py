@@ -45,7 +45,7 @@ class Workspace:
     """Memory that one call leaves to the next: to get it afresh costs more than to fill it."""
 
     def __init__(self):
-        self.turn = 0  # of how many gradients it has held
+        self.turn = 0  # how many gradients it has held
         self._buffers = {}
 
     def empty(self, name, shape, like):
@@ -70,7 +70,7 @@ def _by_convolution(a):
 
 @functools.cache
 def _wide(dtype, device):
-    """Options of torch.mm for float32 products of ``dtype``, which CUDA has from torch 2.8 on."""
+    """{"out_dtype": float32} where torch.mm takes it for ``dtype``: on CUDA from torch 2.8 on."""
     options, x = {"out_dtype": torch.float32}, torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.mm(x, x, **options)
@@ -136,7 +136,7 @@ def _unit_rows(weight, norm, rows, out):
 
 
 def _diagnostics(s, t, lme, lme_t):
-    """m times the sums over a block of KL terms, p_t t and p_s s; s, t: (block, B) -> (3, B)."""
+    """(3, B): m times a block's sums of KL terms, of p_t t and of p_s s; s, t: (block, B)."""
     ratio_s, ratio_t = s - lme, t - lme_t  # log(m p_s), log(m p_t)
     p_s, p_t = ratio_s.exp(), ratio_t.exp()  # times m, as everywhere here
     terms = kl_terms(p_s, p_t, ratio_s.sub_(ratio_t)), p_t.mul_(t), p_s.mul_(s)

@@ -176,13 +176,6 @@ def random_network(generator, **model):
     return network
 
 
-def network_of(state, **model):
-    """The ``Network`` that ``build_network(**model)`` makes with the values of a state dict."""
-    network = materialize(build_network(**model))
-    network.load_state_dict(state)
-    return network
-
-
 def autocast(device, precision):
     """A context in which, with precision "bf16", convolutions and linear layers run in bfloat16.
 

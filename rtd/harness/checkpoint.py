@@ -1,4 +1,4 @@
-"""Networks in state files, which run_distill.py and run_lmc.py save and PATH:NETWORK names.
+"""run_distill.py and run_lmc.py save networks in state files; a flag names one as PATH:NETWORK.
 
 A checkpoint of run_distill.py (checkpoint.pt, best.pt) holds
 
@@ -17,7 +17,7 @@ from rtd.errors import InputError
 from rtd.harness import files
 from rtd.harness.device import describe
 from rtd.init import init_encoder_, random_stream
-from rtd.models import build_encoder, materialize, network_of, random_network
+from rtd.models import build_encoder, build_network, materialize
 
 ROLES = ("teacher", "student", "student-init")
 SUPERVISED = "supervised"  # the kind of state file, and the network in it, that run_lmc.py saves
@@ -34,7 +34,8 @@ def load_network(checkpoint, which="student", device="cpu"):
         raise InputError(f"'{which}' is no network of a checkpoint: give one of {', '.join(ROLES)}")
     if not isinstance(checkpoint, dict):
         checkpoint = load_checkpoint(checkpoint)
-    network = network_of(checkpoint[which.replace("-", "_")], **checkpoint["model"])
+    network = materialize(build_network(**checkpoint["model"]))
+    network.load_state_dict(checkpoint[which.replace("-", "_")])
     return network.to(device).eval()
 
 
@@ -64,14 +65,12 @@ def check_image_size(what, model, data):
         raise InputError(f"{what} takes images of {size}x{size}; give --image-size {size}")
 
 
-def make_teacher(spec, model, seed):
-    """(teacher, its normalisation): a random network and None, or what ``spec`` names.
+def read_teacher(spec, model):
+    """(state dict, normalisation of its images) of the network that --teacher ``spec`` names.
 
-    spec: None; PATH:NETWORK of a distillation; or PATH:supervised, an encoder that run_lmc.py
-    trained with labels, under a random head. Raises InputError for one that differs from ``model``.
+    spec: PATH:NETWORK of a distillation, or PATH:supervised, an encoder that run_lmc.py trained
+    with labels. Raises InputError for one that differs from ``model``.
     """
-    if spec is None:
-        return random_network(random_stream(seed, "teacher-init"), **model), None
     if spec.endswith(f":{SUPERVISED}"):
         contents = files.load_state(path_of(spec), SUPERVISED)
         state = contents["training"]["classifier"]
@@ -81,9 +80,7 @@ def make_teacher(spec, model, seed):
     odd = [f"{name} {value}" for name, value in contents["model"].items() if value != model[name]]
     if odd:
         raise InputError(f"--teacher {spec}: was built with {', '.join(odd)}; give the same flags")
-    teacher = random_network(random_stream(seed, "teacher-init"), **model)
-    teacher.load_state_dict(state, strict=False)  # a classifier has an fc, and no head
-    return teacher, contents["data"]
+    return state, contents["data"]
 
 
 class Start(NamedTuple):

@@ -102,7 +102,7 @@ def add_file_flags(parser):
 def add_init_flags(add):
     """--init and --epochs of supervised training."""
     add("--init", str, "random", "* starts: random (random:1, random:2 for more draws) or PATH:student, PATH:teacher, "
-        "PATH:student-init of a checkpoint; compare student with student-init, the random start it was distilled from")
+        "PATH:student-init of a checkpoint; compare student with student-init, the random start it was distilled from", metavar="START")
     add("--epochs", positive_int, 160, "length of the schedule; lr falls tenfold after 1/2 and after 3/4 of it")
 
 

@@ -1,4 +1,4 @@
-"""The processes that torchrun starts for a run, or the only one: shares of the work, results."""
+"""How the processes of a run share its work and results; without torchrun there is one."""
 
 import contextlib
 import datetime
@@ -51,7 +51,7 @@ class World:
             console.say(*words)
 
     def share(self, batch):
-        """My part of a batch of indices, and the factor that makes averaged gradients its own.
+        """My part of a batch, and the factor for my loss that makes averaged gradients the batch's.
 
         DistributedDataParallel divides the sum of gradients by the number of processes, while a
         process's loss is the mean over its part: part * processes / whole undoes both, also for

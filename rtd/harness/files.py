@@ -1,4 +1,4 @@
-"""Files that survive crashes: written whole or not at all; damage is one sentence.
+"""Files are written whole or not at all; a damaged one raises an InputError of one sentence.
 
 A *state file* (.pt) holds what a run resumes from, or a network: tensors and plain types, a format
 mark, the identity of the run that wrote it and a checksum of it all. A *table* (.csv) is output.

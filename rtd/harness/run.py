@@ -53,9 +53,9 @@ class Run:
 
     products: glob patterns of the files that it may write besides config.json, which --overwrite
     deletes. may_change: flags besides ``RUNNING`` that may differ on --resume. images: {name:
-    SHA-256} of the images that it reads. networks: what it reads as PATH:NETWORK; other words in it
-    do not matter. Raises InputError for a folder that holds a run already (without --resume or
-    --overwrite), or was run with other flags, checkpoints or images, or is in use.
+    SHA-256} of the images that it reads. networks: what it reads as PATH:NETWORK; entries that name
+    no file are ignored. Raises InputError for a folder that holds a run already (without --resume
+    or --overwrite), or was run with other flags, checkpoints or images, or is in use.
     """
 
     def __init__(self, args, device, world, products, may_change, images, networks=()):
@@ -80,7 +80,7 @@ class Run:
         inside = list(folder.glob("[!.]*"))
         if inside and not (args.resume or args.overwrite):
             raise InputError(f"--out {folder} holds a run; give --resume or --overwrite")
-        # a sweep takes up runs that were made one by one, as on several machines
+        # a folder of nothing but whole runs is that of a new sweep, which takes them up
         continued = args.resume and any(not (path / "config.json").exists() for path in inside)
         if continued and not config.exists():
             raise InputError(f"--resume: {folder} has no config.json; give another --out")
@@ -129,7 +129,7 @@ class Run:
             self._cost = self._saved - began
 
     def save_is_due(self, done, last):
-        """Whether to save after ``done`` of ``last`` epochs; by default at a tenth of the time."""
+        """Whether to save after ``done`` of ``last`` epochs: in a tenth of the time, by default."""
         if self.args.save_every and done < last:
             return done % self.args.save_every == 0
         return done == last or time.monotonic() - self._saved >= 10 * self._cost
@@ -137,7 +137,8 @@ class Run:
     def load(self, name, table=None, kind="state"):
         """What ``save`` wrote; None where nothing was saved yet.
 
-        table: a CSV file that is written after ``name``; without ``name``, its rows would be lost.
+        table: a CSV file made from ``name``; where only the table exists, InputError is raised
+        instead of overwriting its rows.
         """
         path = self.folder / name
 
@@ -154,9 +155,9 @@ class Run:
     def for_each(self, units, do, name="run", finish=lambda diverged: None):
         """do(unit, run) for independent ``units``, shared as ``World.units`` says.
 
-        The ``run`` is this one as those processes see it that do the unit. finish(diverged) follows
-        in the main process, with {position of a unit that diverged: its message}. Raises Diverged,
-        in the end, if there are any.
+        ``do`` gets a copy of this run whose ``world`` is the processes that work on the unit.
+        finish(diverged) follows in the main process, with {position of a unit that diverged: its
+        message}. Raises Diverged, in the end, if there are any.
         """
         run = copy.copy(self)
         mine, run.world = self.world.units(len(units))
@@ -208,5 +209,5 @@ def draw(path, say, make, *arguments):
             plots.save(figure, file, path.suffix[1:])
         say(f"picture: {path}")
     except Exception as error:  # matplotlib may fail in any way; all numbers are written already
-        why = f"{files.one_line(error)}); if matplotlib is missing, pip install -e '.[full]'"
-        say(f"{path.name} is not drawn ({why}; then --resume draws it")
+        install = "if matplotlib is missing, pip install -e '.[full]'; then --resume draws it"
+        say(f"{path.name} is not drawn ({files.one_line(error)}); {install}")
