@@ -87,7 +87,7 @@ def parse_args(argv=None):
     cli.add_output_flags(parser)
     add = parser.group("log")
     add("--probe-every", positive_int, 1, "epochs between two probes; the first and the last epoch are always probed")
-    add("--log-every", positive_int, 30, "number N: KL and entropies are means over every Nth step, at least 5 an epoch; the loss is the mean over all steps")
+    add("--log-every", positive_int, 30, "interval, in steps, at which KL and entropies are computed, at least 5 times an epoch; the loss is averaged over all steps")
     # fmt: on
     args = cli.parse(parser, argv, *sweeps.SWEPT)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"
