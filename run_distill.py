@@ -5,8 +5,8 @@ to reproduce its outputs, on images alone: no labels, no augmentation. Linear an
 find the student's features much better than the teacher's. They get worse first, for up to 1,000
 steps, or 6,000 with --no-weight-norm: that belongs to the method.
 
+    # on scikit-learn's digits, with nothing to download
     python run_distill.py --out-dim 4096 --batch-size 16 --lr 3e-4 --epochs 6 --probe-epochs 100
-                                                               # digits, nothing to download
     python run_distill.py --dataset cifar10 --data-dir data    # the paper's protocol, 100 epochs
     python run_distill.py --alpha 0 .2 .4 .6 .8 1 --seed 0 1 2 # a sweep: 18 runs (Figs. 3, 17)
     torchrun --nproc-per-node=4 run_distill.py ...             # on four processes
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     cli.add_output_flags(parser)
     add = parser.group("log")
     add("--probe-every", positive_int, 1, "epochs between two probes; the first and the last epoch are always probed")
-    add("--log-every", positive_int, 30, "interval, in steps, at which KL and entropies are computed, at least 5 times an epoch; the loss is averaged over all steps")
+    add("--log-every", positive_int, 30, "steps between two at which KL and entropies are computed, at least 5 an epoch; the loss is the mean over all")
     # fmt: on
     args = cli.parse(parser, argv, *sweeps.SWEPT)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"

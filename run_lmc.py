@@ -10,7 +10,7 @@ error rises between them; from a student distilled without labels, the paper fin
     torchrun --nproc-per-node=4 run_lmc.py ...       # the processes share the runs, then the lines
 
 Recomputing batch norm's statistics changes the ends too: their weights are those of the trained
-networks, but not their statistics, nor their errors. Without batch norm the column bn says none.
+networks, but their errors need not be. Without batch norm the column bn says none.
 
 Writes config.json, lmc.csv (a row a point), barriers.csv and lmc.png; the trained networks into
 runs/: with --resume, other flags of the group "lines" and more --runs train none of them again.

@@ -415,7 +415,14 @@ def redraw():
 
     swept = {name.replace("_", ""): name for name in sweeps.SWEPT}
     flag = rf"({'|'.join(swept)})(.+?)(?=-(?:{'|'.join(swept)})|$)"  # in the name of a run's folder
-    for path in sorted(RESULTS.rglob("*.png")):
+    listed = [
+        p.replace("/", f"/{s}/", 1)
+        for r in ROWS
+        for s in SCALES
+        for p in text(r, "pictures").split()
+    ]
+    new = {RESULTS / path for path in listed if (RESULTS / path).parent.is_dir()}
+    for path in sorted(new | {*RESULTS.rglob("*.png")}):
         folder, part = path.parent, RESULTS.joinpath(*path.relative_to(RESULTS).parts[:3])
         words = (early(part) or [text(part.parts[-3], "small")])[-1]
         encoder = re.search(r"(?i)resnet\d+|vit-\w+|$", words)[0].lower() or "vgg11"
@@ -436,7 +443,8 @@ def redraw():
         if path.stem == "curves":
             drawn = [groups[()], title(about)]
         elif path.stem in ("imp", "lmc"):
-            rows = files.read_csv(path.with_suffix(".csv"))
+            tables = sorted(folder.rglob(f"{path.stem}.csv"))  # fig8/small/imp.png: of several runs
+            rows = [row for table in tables for row in files.read_csv(table)]
             drawn = [rows, f"{title(about, ['alpha'])}, seed {about.seed}"]
         elif not groups:  # fig5.png shows two landscapes
             places = [folder]

@@ -70,7 +70,7 @@ def _by_convolution(a):
 
 @functools.cache
 def _wide(dtype, device):
-    """{"out_dtype": float32} where torch.mm takes it for ``dtype``: on CUDA from torch 2.8 on."""
+    """{"out_dtype": float32} where torch.mm takes it (on CUDA from torch 2.8), else {}."""
     options, x = {"out_dtype": torch.float32}, torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.mm(x, x, **options)

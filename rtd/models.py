@@ -93,7 +93,7 @@ def _vit(width, heads, norm, image_size):
 
 
 # name: a function (norm or None for its own, image_size) -> module from images to embeddings,
-# which says their width as its embedding_dim
+# that has their width as ``embedding_dim``
 ENCODERS = {
     **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
@@ -110,7 +110,7 @@ def build_encoder(encoder, norm=None, image_size=32):
     """The encoder called ``encoder``, on the meta device: it has shapes, but no values.
 
     norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in
-    pixels. Its attribute ``embedding_dim`` is the width of an embedding. Raises InputError for
+    pixels. The encoder's ``embedding_dim`` is the width of its output. Raises InputError for
     unknown encoders, and for norms and sizes that a ViT cannot have.
     """
     if encoder not in ENCODERS:

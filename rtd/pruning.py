@@ -47,7 +47,8 @@ def prune_smallest(masks, weights, keep):
     """New masks, which keep the largest ``keep`` of the weights that ``masks`` keep.
 
     masks, weights: tensors of the same shapes by the same names, on one device. Of equal magnitudes
-    the first go, in the dict's and in row-major order. Raises ValueError for more than is left.
+    the first are pruned, in the dict's and in row-major order. Raises ValueError for a ``keep``
+    below 0 or above what is left.
     """
     magnitudes = torch.cat([weight[masks[name]] for name, weight in weights.items()]).abs()
     if not 0 <= keep <= len(magnitudes):
@@ -61,7 +62,7 @@ def prune_smallest(masks, weights, keep):
 def random_masks(kept, weights, seed, round_):
     """The control: masks that keep ``kept[name]`` weights of a layer at random places.
 
-    Those of two rounds are unrelated: a weight that one prunes may return in the next.
+    Masks of two rounds are unrelated: a pruned weight may return.
     """
     masks = {}
     for name, weight in weights.items():

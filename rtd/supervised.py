@@ -93,7 +93,7 @@ class SupervisedLoss(nn.Module):
         self.draws = draw_augmentation(len(images), generator).to(images.device)
 
     def after_step(self):
-        """Nothing, unless ``rtd.pruning.apply_masks_`` takes its place."""
+        """Nothing; run_imp.py puts ``rtd.pruning.apply_masks_`` here."""
 
     def forward(self, index, observe=False, precision="fp32"):
         """index: (B,) positions of training images -> (mean cross-entropy,)."""

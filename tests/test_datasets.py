@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import urllib.error
 from pathlib import Path
 from unittest.mock import Mock
@@ -101,7 +102,7 @@ def test_cifar10_through_torchvision():
     np.testing.assert_allclose(channel_statistics(whole.train.images)[0], whole.mean, atol=1e-4)
 
 
-def test_missing_or_damaged_published_files_are_named(tmp_path):
+def test_where_published_files_are_missing_or_damaged_is_said(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
     for name, folder in (("cifar10", "cifar-10-batches-py"), ("stl10", "stl10_binary")):
@@ -286,12 +287,14 @@ def test_a_cache_that_cannot_be_written_is_said(tree, monkeypatch):
 def test_folder_mistakes_are_named(tree):
     for split in ("train", "val"):
         (tree / split / "cat").mkdir()
-        message = refusal("folder", tree)
-        assert f"--data-dir {tree}" in message and "classes cat" in message
+        assert f"in the folder {tree / split / 'cat'}" in refusal("folder", tree)
         Image.new("RGB", (9, 9)).save(tree / split / "cat" / "0.png")
     (tree / "val" / "cat").rename(tree / "val" / "dog")
     assert "only train or val has the class cat" in refusal("folder", tree)
-    assert "train and test" in refusal("folder", tree / "train")
+    for name in ("cat", "one"):
+        shutil.rmtree(tree / "train" / name)
+    for root in (tree, tree / "train"):
+        assert "train and test (or val) need" in refusal("folder", root)
 
 
 @pytest.fixture

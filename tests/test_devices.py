@@ -154,7 +154,7 @@ def test_lines_masks_and_divergences_stay_on_their_device_and_wait_for_nothing(m
     assert {x.device for x in (f, *sides, found, landscape.embedding_divergences(f, f))} == {meta}
 
 
-def test_a_point_of_a_landscape_is_waited_for_once_and_one_of_a_line_never():
+def test_a_point_of_a_landscape_is_waited_for_once_and_mixing_two_networks_never():
     network = random_network(torch.Generator().manual_seed(0), **SMALL).eval()
     place = landscape.Landscape(network, black("cpu"), batch_size=2)
     assert waits(lambda: place.evaluate(network)) <= 1  # tolist on the CPU counts as none
@@ -233,7 +233,8 @@ def test_cuda_is_not_waited_for_within_a_step(precision):
 def test_all_five_scripts_run_on_cuda(tmp_path, precision):
     """A tiny distillation, probes of it, tickets and lines from its student, and its landscape."""
     lines = [("distill", f"{TINY} --alpha 1 --epochs {more}") for more in ("2", "3 --resume")]
-    lines += readers(tmp_path / "distill" / "checkpoint.pt")
+    lines += (readings := [*readers(tmp_path / "distill" / "checkpoint.pt")])
+    lines += [(n, f"{f} --rounds 2 --resume") for n, f in readings if n == "imp"]
     lines.append(("distill", f"{TINY} --alpha 1 --ema 0.1 --epochs 1 --overwrite"))
     for name, flags in lines:
         finish(start(name, flags, f"--device cuda --precision {precision} --out", tmp_path / name))

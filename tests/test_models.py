@@ -51,6 +51,7 @@ def test_encoder_has_table_5s_parameters_and_an_embedding_that_depends_on_the_im
         torch.testing.assert_close(network.bottleneck(images).norm(dim=1), torch.ones(3))
     count, width = PARAMETERS_AND_WIDTH[name]
     assert parameter_count(network.encoder) == count and features.shape == (3, width)
+    assert network.encoder.embedding_dim == width
     assert torch.isfinite(features).all()
     assert (features[0] - features[1]).abs().max() > 1e-3
 

@@ -94,7 +94,7 @@ def add_file_flags(parser):
     """--test-subset, --image-size, --download; returns the group's add."""
     add = parser.group("data")
     add("--test-subset", positive_int, None, "number of test images, class-balanced; all by default")
-    add("--image-size", image_side, 32, "side in pixels to which images are resized, once")
+    add("--image-size", image_side, 32, "side in pixels to which images are resized")
     add("--download", bool, False, "fetch a published data set into --data-dir if it is not there")
     return add
 
@@ -185,7 +185,7 @@ def load_data(args, world, other=None, probed=None):
     subsets = args.subset, None if probed else args.test_subset
     where = args.dataset, args.data_dir, args.download, *subsets, args.image_size, probed
     load = partial(load_dataset, *where, say=world.say)
-    return world.in_main(load) or load()  # what the main process caches, the others find
+    return world.in_main(load) or load()  # the others find what the main one downloads and caches
 
 
 def load_sources(args, world):

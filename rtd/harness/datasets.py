@@ -3,7 +3,7 @@
 ``stl10-unlabelled``, ``cifar5m`` and ``noise`` have no test images of their own: a student is
 distilled on them, and its features are probed on another data set (paper Fig. 4).
 
-Image files are decoded and resized once, into a cache beside them. torchvision, PIL and
+Image files are decoded and resized once, into a cache in their folder. torchvision, PIL and
 scikit-learn are imported where they are used, because a script's --help should not wait for them.
 """
 
@@ -239,22 +239,33 @@ def load_tinyimagenet(data_dir, size, say):
 def _class_folders(root):
     """The names of the class folders in ``root``, and [(path, label)] of their images, by path.
 
-    A label is its class's place among the names. Files that are no images, or hidden, are ignored.
+    A label is its class's place among the names. What is hidden, or no image, is ignored, and links
+    to folders within a class are not followed: torchvision's ImageFolder would take them for more.
     """
-    from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import is_image_file
 
-    def is_shown(path):
-        return is_image_file(path) and not os.path.basename(path).startswith(".")
+    def shown(names):
+        return [name for name in names if not name.startswith(".")]
 
-    try:
-        found = ImageFolder(root, is_valid_file=is_shown)
-    except FileNotFoundError as error:
+    def fail(error):
+        raise error  # os.walk would skip a folder that cannot be read
+
+    folders = next(os.walk(root, onerror=fail))[1] if root.is_dir() else []
+    classes, images = sorted(shown(folders)), []
+    for label, name in enumerate(classes):
+        found = []
+        for folder, inside, files in os.walk(root / name, onerror=fail):
+            inside[:] = shown(inside)
+            found += [Path(folder, file) for file in filter(is_image_file, shown(files))]
+        if not found:
+            raise InputError(f"--data-dir: no image (.png, .jpg, ...) in the folder {root / name}")
+        images += [(path, label) for path in sorted(found)]
+    if len(classes) < 2:
         raise InputError(
-            f"--data-dir {root.parent}: train and test (or val) need a folder of images (.png, "
-            f".jpg, ...) for each class: {error}"
-        ) from error
-    return found.classes, found.samples
+            f"--data-dir {root.parent}: train and test (or val) need a folder of images for each "
+            f"class, at least two; {root} holds {len(classes)}"
+        )
+    return classes, images
 
 
 def _decoded(root, split, files, size, say):

@@ -129,7 +129,10 @@ class Run:
             self._cost = self._saved - began
 
     def save_is_due(self, done, last):
-        """Whether to save after ``done`` of ``last`` epochs: in a tenth of the time, by default."""
+        """Whether to save after ``done`` of ``last`` epochs.
+
+        By default, saving takes a tenth of the time at most.
+        """
         if self.args.save_every and done < last:
             return done % self.args.save_every == 0
         return done == last or time.monotonic() - self._saved >= 10 * self._cost

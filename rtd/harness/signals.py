@@ -34,7 +34,7 @@ def raising(received):
 
 @contextlib.contextmanager
 def deferred():
-    """In the block state is half changed: a signal waits for its end, a second one does not."""
+    """While the block leaves state half changed, a signal waits; a second one does not."""
     waiting = []
 
     def handler(number, _):

@@ -31,7 +31,7 @@ class Training:
         self.loss, self.optimizer, self.run, self.name = loss, optimizer, run, name
         self.args, self.world, self.device = run.args, run.world, run.device
         self.count, self.stream = len(loss.data.train), stream
-        self.steps = -(-self.count // self.args.batch_size)  # an epoch
+        self.steps = -(-self.count // self.args.batch_size)  # per epoch
         self.epoch, self.losses, self.observed = 0, [], []  # of the epoch being worked on, or done
         # of the last epoch, over all processes; only the steps of this session count
         self.images_per_second = None
@@ -99,8 +99,8 @@ class Training:
             # on a GPU, reading the loss would wait for the step: there the epoch's end finds out
             if self.device.type == "cpu" and self.world.size == 1 and not loss.isfinite():
                 self._diverged()
-            # Only now: a gradient that is dropped before the forward pass gives its memory back to
-            # the system, and the pass has to fetch it again.
+            # What the loss's after_step has not dropped itself. Supervised training keeps gradients
+            # until here: dropped earlier, their memory would go back to the system.
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
