@@ -3,7 +3,7 @@
 A network at random initialisation is frozen: the teacher. A student that starts next to it learns
 to reproduce its outputs, on images alone: no labels, no augmentation. Linear and k-NN probes then
 find the student's features much better than the teacher's. They get worse first, for up to 1,000
-steps, or 6,000 with --no-weight-norm: that belongs to the method.
+steps, or 6,000 with --no-weight-norm: that is to be expected.
 
     # on scikit-learn's digits, with nothing to download
     python run_distill.py --out-dim 4096 --batch-size 16 --lr 3e-4 --epochs 6 --probe-epochs 100
@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add = parser.group("teacher and student")
     add("--alpha", cli.unit_interval, 1e-10, "* distance of the start: 0 is a copy of the teacher, 1 an independent network")
     add("--norm", NORMS, None, "* norm layers; by default VGG has none and ResNet batch")
-    add("--out-dim", positive_int, 2**16, "* outputs of the head; below 256 the student stops improving (Fig. 10)")
+    add("--out-dim", positive_int, 2**16, "* outputs of the head; below 256 the paper's student does not improve (Fig. 10)")
     add("--head-hidden", positive_int, 2048, "width of the head's two hidden layers")
     add("--bottleneck-dim", positive_int, 256, "width of the head's l2-bottleneck")
     add("--bottleneck", str, PAPER_SLOTS, "* form of the l2-bottleneck (Fig. 12) in six slots: weight norm of the first layer (wn), first "
