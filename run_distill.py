@@ -32,6 +32,7 @@ from rtd.harness.datasets import DATASETS, LABELLED, fingerprints
 from rtd.harness.device import describe
 from rtd.harness.probing import judge
 from rtd.harness.run import Run
+from rtd.harness.signals import deferred
 from rtd.harness.training import Training
 from rtd.head import PAPER_SLOTS
 from rtd.init import init_student_, random_stream
@@ -102,12 +103,13 @@ def main(args, device, world):
     planned = sweeps.expand(args)
     for run in planned:  # refuse what cannot be built before anything is computed
         build_network(**model_of(run))
-        if run.teacher:
+        if run.teacher is not None:
             read_teacher(run.teacher, model_of(run))
     if not sweeps.varied(args):
         distill(planned[0], device, world)
     else:
-        sweeps.run(args, planned, device, world, distill, title(planned[0], sweeps.varied(args)))
+        about = title(planned[0], sweeps.varied(args))
+        sweeps.run(args, planned, device, world, distill, PRODUCTS, about)
 
 
 def model_of(args):
@@ -123,7 +125,7 @@ def distill(args, device, world):
     # Teacher: a random network. Student: theta_S(alpha), next to it.
     model = model_of(args)
     teacher = random_network(random_stream(args.seed, "teacher-init"), **model)
-    if args.teacher:
+    if args.teacher is not None:
         state, source = read_teacher(args.teacher, model)
         teacher.load_state_dict(state, strict=False)  # a classifier has an fc, and no head
         data = data.with_normalization(source)
@@ -166,13 +168,15 @@ def distill(args, device, world):
     encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": None}
     moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
     for epoch in range(len(record.rows), args.epochs + 1):
-        means = training.run_epoch(epoch, record.save) if epoch else training.start()
-        row = dict(zip(LastLayerLoss._fields, means, strict=True)) | distance(student, student_init)
-        if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
-            for name in moving if epoch else encoders:
-                found = judge(encoders[name], probed, args, world)
-                row |= {f"{name}_{probe}": accuracy for probe, accuracy in found.items()}
-        record.add(row)
+        with training.saving(record.save):
+            means = training.run_epoch(epoch) if epoch else training.start()
+            row = dict(zip(LastLayerLoss._fields, means, strict=True))
+            row |= distance(student, student_init)
+            if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
+                for name in moving if epoch else encoders:
+                    found = judge(encoders[name], probed, args, world)
+                    row |= {f"{name}_{probe}": accuracy for probe, accuracy in found.items()}
+            record.add(row)
     world.in_main(record.report)
 
 
@@ -209,14 +213,18 @@ class Record:
         progress = saved["progress"] if saved else {"rows": [], "best": -1, "seconds": 0}
         self.rows, self.best, self.best_contents = progress["rows"], progress["best"], None
         self.began = time.perf_counter() - progress["seconds"]  # as if there had been one session
-        done, epochs = len(self.rows) - 1, self.args.epochs
-        if done > epochs:
-            raise InputError(f"--epochs {epochs}: {run.folder} has run {done} already")
+        begun, epochs = progress["training"]["epoch"] if saved else 0, self.args.epochs
+        if begun > epochs:
+            raise InputError(f"--epochs {epochs}: {run.folder} has begun epoch {begun} already")
+        columns = [f"student_{probe}" for probe in self.args.probe]
+        if len(self.rows) > epochs and any(self.rows[-1][column] is None for column in columns):
+            self.rows.pop()  # the last epoch ends again, without a step, and is probed
         if saved:
             run.table("log.csv", COLUMNS, self.rows)
         if self.best >= 0 and not (run.folder / "best.pt").exists():
             run.say("note: best.pt is missing; only a better epoch to come will write it again")
 
+    @deferred()
     def add(self, row):
         """Log the row of an epoch; keep the best student; save where it is due."""
         epoch, epochs, training = len(self.rows), self.args.epochs, self.training
@@ -236,7 +244,8 @@ class Record:
         words = [f"loss {row['loss']:.5f}", f"KL {row['kl']:.2e}"]
         words += [f"distance {row['distance_total']:.2f}"]
         words += [f"{PROBE_TITLES[probe]} {accuracy:.2f} %" for probe, accuracy in found.items()]
-        words += [f"{training.images_per_second:.0f} img/s"] if epoch else []
+        if speed := row["images_per_second"]:
+            words.append(f"{speed:.0f} img/s")
         self.run.say(f"epoch {epoch}/{epochs}: {', '.join(words)}, {row['seconds']:.0f} s in all")
 
     def contents(self):

@@ -20,9 +20,9 @@ from rtd.errors import InputError
 from rtd.harness import cli, files, probing
 from rtd.harness.checkpoint import check_image_size, load_network, load_spec, path_of
 from rtd.harness.console import progress
-from rtd.harness.datasets import fingerprints
+from rtd.harness.datasets import LABELLED, fingerprints
 from rtd.harness.device import describe
-from rtd.harness.run import Run, check_output, draw
+from rtd.harness.run import Run, check_output
 from rtd.interpolation import PLANES, Plane
 from rtd.landscape import MEASURES, Landscape, asymmetry, norms
 from rtd.probes import PROBES
@@ -84,6 +84,8 @@ def main(args, device, world):
     args.dataset, args.encoder = args.dataset or source["name"], origin["model"]["encoder"]
     if args.dataset != source["name"]:
         raise InputError(f"--dataset {args.dataset}: give the networks' own, {source['name']}")
+    if args.dataset not in LABELLED:
+        raise InputError(f"--origin {args.origin}: {args.dataset} has no test images")
     data = cli.load_data(args, world).with_normalization(source)
     cli.check_k(args, data)
     check_image_size(f"--origin {args.origin}", origin["model"], data)
@@ -140,7 +142,7 @@ def load_networks(specs):
         elif any(contents["data"][key] != origin["data"][key] for key in ("mean", "std")):
             odd = "images: they are normalised differently"
         elif files.checksum(contents["teacher"]) != files.checksum(origin["teacher"]):
-            odd = "teachers; distil with the same --seed"
+            odd = "teachers; distil with the same --seed, and without --ema"
         if odd:
             raise InputError(f"--origin {specs['--origin']} and {flag} {spec} have different {odd}")
     states = [contents[which.replace("-", "_")] for contents, which in loaded]
@@ -209,7 +211,10 @@ def draw_only(args, world):
     check_output(args)
     if args.out.suffix[1:] not in plots.FORMATS:
         raise InputError(f"--out {args.out}: give a file that ends in .{', .'.join(plots.FORMATS)}")
-    draw(args.out, world.say, plots.landscapes, [panel(folder) for folder in args.plot_only])
+    figure = plots.landscapes([panel(folder) for folder in args.plot_only])
+    with files.atomic_write(args.out) as file:
+        plots.save(figure, file, args.out.suffix[1:])
+    world.say(f"picture: {args.out}")
 
 
 if __name__ == "__main__":

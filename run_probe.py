@@ -51,9 +51,9 @@ def parse_args(argv=None):
 
 
 def main(args, device, world):
-    args.lock = world.in_main(lambda: lock_table(args))  # it is held as long as this lives
     # all, before anything is computed
     loaded = [(path, load_checkpoint(path)) for path in args.checkpoints]
+    args.lock = world.in_main(lambda: lock_table(args))  # it is held as long as this lives
     data = cli.load_data(args, world)
     cli.check_k(args, data)
     for path, contents in loaded:

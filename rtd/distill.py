@@ -145,9 +145,10 @@ class Distiller(nn.Module):
         """
         buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
         self.train()
-        results = torch.stack([torch.stack(self(index, observe=True)) for index in batches])
-        self.student.load_state_dict(buffers, strict=False)
-        return results
+        try:
+            return torch.stack([torch.stack(self(index, observe=True)) for index in batches])
+        finally:
+            self.student.load_state_dict(buffers, strict=False)
 
 
 @torch.no_grad()

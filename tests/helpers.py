@@ -77,6 +77,7 @@ CASES = {
     "seed1": Case("distill", f"{TINY} --seed 1 --epochs 4"),
     "narrow": Case("distill", f"{TINY} --out-dim 32 --epochs 0 --probe none"),
     "layer": Case("distill", f"{TINY} --norm layer --epochs 0 --probe none"),
+    "noise": Case("distill", f"{TINY} --dataset noise --probe-dataset digits --epochs 1"),
     "elsewhere": Case("distill", f"{TINY} {IMAGES} --alpha 1 --epochs 1 --probe none"),
 }
 # fmt: on

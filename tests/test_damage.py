@@ -6,6 +6,7 @@ Whatever happens, a command ends with exit code 0 and the right numbers, or with
 import errno
 import functools
 import itertools
+import json
 import os
 import random
 import re
@@ -286,6 +287,8 @@ def test_other_inputs_are_noticed(script, finished, tmp_path):
     assert script("distill", flags, "--epochs 1").code == 0
     moved = one.rename(tmp_path / "elsewhere")
     assert script("distill", flags, "--epochs 2 --resume --data-dir", moved).code == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["flags"]["epochs"] == 2 and "--epochs 1" in config["earlier"][0]["command"]
     result = script("distill", flags, "--epochs 3 --resume --data-dir", two)
     assert one_sentence(result, "training images") == ""
     path = tmp_path / "copy.pt"
@@ -336,10 +339,7 @@ def full():
 FILES = [("distill", "config.json"), ("distill", "log.csv"), ("distill", "checkpoint.pt")]
 FILES += [("imp", "init0-rewind0.pt"), ("imp", "imp.csv"), ("lmc", "barriers.csv")]
 FLUSHED = [(*file, [full], 2) for file in FILES]
-FLUSHED += [
-    ("distill", "checkpoint.pt", [TERMINATE], 143),
-    ("distill", "checkpoint.pt", [INTERRUPT] * 2, 130),
-]
+FLUSHED += [("distill", "checkpoint.pt", [INTERRUPT] * 2, 130)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux tells what is flushed")
@@ -347,7 +347,7 @@ FLUSHED += [
 def test_what_happens_while_a_file_is_flushed_loses_nothing(
     run_of, monkeypatch, name, file, events, code
 ):
-    """A full disk or a second signal leaves what stood before; a first signal waits."""
+    """A full disk leaves what stood before; signals wait, also a second one."""
     run = run_of(f"half {name}" if file != "config.json" else "new distill")
     before, left = {path: path.read_bytes() for path in run.out.rglob(file)}, list(events)
 
@@ -360,7 +360,7 @@ def test_what_happens_while_a_file_is_flushed_loses_nothing(
         result = run.resume()
     assert one_sentence_of(code, result, *[file, "No space left on device"] * (code == 2)) == ""
     assert not list(run.out.rglob(".*.tmp"))
-    if events == [TERMINATE]:
+    if code == 130:
         assert helpers.state(run.out / file)["epoch"] == 3
     else:
         assert {path: path.read_bytes() for path in before} == before
@@ -465,24 +465,69 @@ def test_odd_characters_in_paths_come_back_from_the_tables(tmp_path):
 
 STEPS = [("distill", signal.SIGTERM, 2), ("distill", signal.SIGTERM, 3)]
 STEPS += [("distill", signal.SIGINT, 7), ("imp", signal.SIGTERM, 14), ("lmc", signal.SIGINT, 5)]
+# in the linear probe of epoch 1, after thirty steps of the first probes; in a test
+STEPS += [("distill", signal.SIGTERM, -31), ("lmc", signal.SIGTERM, -4)]
 
 
 @pytest.mark.parametrize(("name", "number", "step"), STEPS)
-def test_a_signal_in_an_epoch_loses_no_step(run_of, monkeypatch, name, number, step):
-    """An epoch has three steps. Every step is done once, whatever is done again."""
-    run, steps = run_of(f"new {name}"), itertools.count()
+def test_signals_in_an_epoch_lose_no_step(run_of, monkeypatch, name, number, step):
+    """An epoch has three steps. Every step is done once, whatever is done again.
+
+    Two signals come in a step, or at a call of cross-entropy if ``step`` is below 0.
+    """
+    run, steps, calls = run_of(f"new {name}"), itertools.count(), itertools.count(1)
+
+    def stop():
+        for _ in range(2):
+            signal.raise_signal(number)
 
     def count(optimizer, *_):
         trained = name != "distill" or len(optimizer.param_groups) == 2  # the student, not a probe
         if trained and next(steps) == step - 1:
-            signal.raise_signal(number)
+            stop()
 
     optimizer = torch.optim.AdamW if name == "distill" else torch.optim.SGD
     before_each(monkeypatch, optimizer, "step", count)
-    assert one_sentence_of(128 + number, run.resume(), "--resume") == ""
+    entropy = torch.nn.functional
+    before_each(monkeypatch, entropy, "cross_entropy", lambda *_: next(calls) == -step and stop())
+    assert one_sentence_of(128 + number, run.resume("--save-every 9"), "--resume") == ""
     assert run.ends_wrong() == ""
     done = {"distill": 4 * 3, "imp": (3 + 3 + 3) * 3 + (3 + 2 + 2) * 3, "lmc": 3 * 2 * 3}[name]
     assert next(steps) == done
+
+
+def test_what_is_left_of_a_sweep_that_is_overwritten_is_not_taken_for_new(
+    run_of, script, monkeypatch
+):
+    run, calls = run_of("sweep"), itertools.count()
+    before = snapshot(run.out)
+    with monkeypatch.context() as patch:
+        before_each(patch, torch.optim.AdamW, "step", lambda *_: next(calls) or TERMINATE())
+        assert script(*run.command[:2], "--overwrite --out", run.out).code == 143
+    assert run.ends_wrong() == ""
+    states = [name for name in before if name.endswith(".pt")]
+    assert states and all(snapshot(run.out)[name] != before[name] for name in states)
+
+
+def test_a_shorter_run_is_what_it_says(script, tmp_path, monkeypatch):
+    """One that stopped in epoch 2 has no epoch 1 left; one that stopped there gets its probe."""
+    flags, calls = [TINY, "--probe knn --probe-every 9 --save-every 1 --out", tmp_path], [0]
+
+    def stop(optimizer, *_):
+        calls[0] += len(optimizer.param_groups) == 2
+        if calls[0] == 4:
+            raise RuntimeError  # nothing is saved then
+        if calls[0] == 6:
+            TERMINATE()
+
+    before_each(monkeypatch, torch.optim.AdamW, "step", stop)
+    assert script("distill", flags, "--epochs 5").code == 1
+    shutil.copytree(tmp_path, copy := tmp_path.with_name("copy"))
+    assert script("distill", flags, "--epochs 5 --resume").code == 143
+    assert one_sentence(script("distill", flags, "--epochs 1 --resume"), "epoch 2") == ""
+    assert script("distill", flags[:-1], copy, "--epochs 1 --resume").code == 0
+    rows = table(copy / "log.csv")
+    assert [row["epoch"] for row in rows] == [0, 1] and rows[1]["student_knn"] is not None
 
 
 @pytest.mark.parametrize("name", ["distill", "imp", "lmc", "landscape"])

@@ -59,7 +59,7 @@ distill --probe-subset 5                              | --probe-subset 5 --probe
 distill --beta 1 --out-dim 8                          | --beta 1 --out-dim
 distill --beta 1 --dataset noise --probe-dataset digits | --beta 1 noise
 distill --teacher nowhere.pt:student                  | nowhere.pt
-distill --teacher nowhere.pt                          | PATH:NETWORK
+distill --teacher nowhere.pt; --teacher=              | PATH:NETWORK
 distill --teacher x.pt:pupil                          | --teacher supervised
 distill --teacher {a}/checkpoint.pt:student --out-dim 32 --norm layer | out_dim 64 norm
 distill --teacher {lmc}/runs/init0-run1.pt:supervised --encoder resnet56 | encoder resnet20
@@ -109,6 +109,8 @@ landscape! --plot-only file --out x.png               | file
 landscape! --plot-only nowhere --out x.png            | nowhere
 landscape! --plot-only {landscape} --out file         | file --overwrite
 landscape! --plot-only {landscape} --out no/x.png     | no/x.png folder
+landscape! --plot-only {landscape} --out /proc/x.png  | /proc/x.png
+landscape! --x-axis {noise}/best.pt:student --y-axis {noise}/best.pt:teacher | --origin noise test
 landscape --dataset cifar10 --data-dir other          | --dataset
 """
 BASE = {name: case.flags for name, case in CASES.items()} | {"probe": f"{DATA} --k 5"}

@@ -210,8 +210,14 @@ def _explain(error):
     text = files.one_line(error)
     if isinstance(error, (InputError, Diverged)):
         return 2 if isinstance(error, InputError) else 1, error
-    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
+    if (
+        isinstance(error, MemoryError)
+        or "out of memory" in text
+        or re.search("DefaultCPUAll|Storage size", text)
+    ):
         return 2, f"the memory does not hold it; give smaller sizes, batches or subsets ({text})"
+    if isinstance(error, ImportError):
+        return 2, f"{text}; pip install -e '.[full]' installs all that is optional"
     if isinstance(error, OSError):
         return 2, f"{error.filename or 'a file'}: {error.strerror or error}"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):

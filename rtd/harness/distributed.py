@@ -15,7 +15,7 @@ from rtd.harness import console
 
 def place():
     """Whether torchrun started this process, and its number on this machine."""
-    launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     return {"launched": launched, "local_rank": int(os.environ.get("LOCAL_RANK", 0))}
 
 

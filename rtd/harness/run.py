@@ -69,9 +69,9 @@ class Run:
         self.identity |= images | {spec: files.sha256(path_of(spec)) for spec in read}
         self.config["identity"] = self.identity
         self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
-        world.in_main(lambda: self._open(products, map(path_of, read)))
+        world.in_main(lambda: self._open(products, may_change, map(path_of, read)))
 
-    def _open(self, products, read):
+    def _open(self, products, may_change, read):
         folder, args, config = self.folder, self.args, self.folder / "config.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,14 @@ class Run:
             raise InputError(f"--resume: {folder} has no config.json; give another --out")
         self._lock = lock(folder / ".lock", f"--out {folder}")
         if continued:
-            self._check(config, files.read_json(config))
+            before, flags = files.read_json(config), self.config["flags"]
+            self._check(config, before)
+            with files.reading(config, "of a run"):  # it is written anew where flags have changed
+                session = {key: before[key] for key in ("command", "commit", "started")}
+                self.config["earlier"] = [*before.get("earlier", []), session]
+                continued = all(before["flags"][name] == flags[name] for name in may_change)
         old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
+        old = [path for path in old if not path.is_dir()]
         if lost := {path.resolve() for path in old} & {Path(path).resolve() for path in read}:
             raise InputError(f"--overwrite would delete {min(lost)}, which this run reads; move it")
         # and what ``atomic_write`` leaves if it is killed

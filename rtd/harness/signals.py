@@ -34,16 +34,10 @@ def raising(received):
 
 @contextlib.contextmanager
 def deferred():
-    """While the block leaves state half changed, a signal waits; a second one does not."""
+    """While the block, or a function that this decorates, has state half changed, signals wait."""
     waiting = []
-
-    def handler(number, _):
-        waiting.append(number)
-        if len(waiting) > 1:
-            raise Stopped
-
     try:
-        with _handled(handler):
+        with _handled(lambda number, _: waiting.append(number)):
             yield
     finally:
         for number in waiting:

@@ -5,15 +5,13 @@ The runs may also be made one by one, on several GPUs say; the sweep with --resu
 
 import argparse
 import itertools
-from pathlib import Path
 
 import numpy as np
 
 from rtd import plots
 from rtd.errors import InputError
 from rtd.harness import cli, files
-from rtd.harness.checkpoint import path_of
-from rtd.harness.run import Run
+from rtd.harness.run import Run, lock
 
 SWEPT = ("dataset", "encoder", "norm", "bottleneck", "out_dim", "subset", "lr", "alpha", "seed")
 DISTANCES = ("distance_encoder", "distance_head", "distance_total")
@@ -46,21 +44,25 @@ def label(value):
     return "default" if value is None else str(value).removesuffix(".0")
 
 
-def run(args, planned, device, world, do, title):
-    """Do all ``planned`` runs, do(args, device, world), and sum up those that do not diverge."""
+def run(args, planned, device, world, do, products, title):
+    """Do all ``planned`` runs, do(args, device, world), and sum up those that do not diverge.
+
+    products: glob patterns of the files of each.
+    """
     # refuse images that a later run would miss before the first begins
     for one in {(one.dataset, one.subset, one.out_dim): one for one in planned}.values():
         cli.load_sources(one, world)
     if (args.out / "checkpoint.pt").exists():
         raise InputError(f"--out {args.out} holds a single run; give a sweep another folder")
-    if args.overwrite and args.teacher:
-        teacher = Path(path_of(args.teacher)).resolve()
-        if any(teacher.is_relative_to(one.out.resolve()) for one in planned):
-            raise InputError(f"--overwrite would delete --teacher {args.teacher}; move it")
     names = [name for name in varied(args) if name != "seed"]
     # what varied may get more values when a sweep is continued, but names of folders stay
     same = {"flags that vary": varied(args)}
-    sweep = Run(args, device, world, PRODUCTS, ("epochs", *SWEPT), same)
+    old = []
+    if args.overwrite:  # old runs go now, lest one that is not done anew be taken for done
+        there = [one.out for one in planned if one.out.is_dir()]
+        world.in_main(lambda: [lock(run / ".lock", f"--out {run}") for run in there])
+        old = [f"{run.name}/{file}" for run in there for file in ("config.json", *products)]
+    sweep = Run(args, device, world, (*PRODUCTS, *old), ("epochs", *SWEPT), same, [args.teacher])
 
     def finish(diverged):
         groups = {}

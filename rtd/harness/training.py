@@ -1,5 +1,6 @@
 """One loop for distillation and supervised training, which can stop and go on at any step."""
 
+import contextlib
 import copy
 import time
 
@@ -46,11 +47,24 @@ class Training:
         """How many steps are done."""
         return max(0, self.epoch - 1) * self.steps + len(self.losses)
 
-    def run_epoch(self, epoch, save):
+    @contextlib.contextmanager
+    def saving(self, save):
+        """Where a signal stops the block, ``save()`` is called, after the last whole step.
+
+        In a single process only: several would stop after different steps.
+        """
+        try:
+            yield
+        except Stopped:
+            if self.world.size == 1:
+                with deferred():
+                    save()
+            raise
+
+    def run_epoch(self, epoch):
         """Train for ``epoch``, or what is left of it; returns the mean of each value of the loss.
 
-        Where a signal stops it, ``save()`` is called after the last whole step (in a single process
-        only: several would stop after different steps). Raises Diverged.
+        A signal stops it after a whole step. Raises Diverged.
         """
         if epoch != self.epoch:
             self.epoch, self.losses, self.observed = epoch, [], []
@@ -61,14 +75,9 @@ class Training:
         self.loss.begin_epoch(epoch)
         self._trained.train()
         began = time.perf_counter()
-        try:
-            for batch in progress(left, f"{self.name} epoch {epoch}"):
-                with deferred():
-                    self._step(batch)
-        except Stopped:
-            if self.world.size == 1:
-                save()
-            raise
+        for batch in progress(left, f"{self.name} epoch {epoch}"):
+            with deferred():
+                self._step(batch)
         self.world.broadcast(self.loss.buffers())  # batch norm's statistics: the main process's
         means = [self._mean(self.losses, batches)]
         if self.observed:
@@ -77,7 +86,8 @@ class Training:
         if not torch.stack(finite).all():  # one wait for a GPU, not one for each parameter
             self._diverged()  # in all processes
         means = [mean.item() for mean in means]  # on a GPU, this waits for the steps
-        self.images_per_second = sum(map(len, left)) / (time.perf_counter() - began)
+        if left:
+            self.images_per_second = sum(map(len, left)) / (time.perf_counter() - began)
         return means
 
     def start(self):
@@ -168,14 +178,15 @@ class SupervisedTraining(Training):
         Yields the number of finished epochs: first before any training, then after each epoch and
         before it is saved, so that what the caller changes at a yield is saved with it.
         """
-        args = self.args
+        args, data = self.args, self.data
         yield len(self.accuracies)
         for done in range(len(self.accuracies) + 1, args.epochs + 1):
             began = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(done - 1, args.epochs, args.lr)
-            self.run_epoch(done, save)
-            found = evaluate(self.classifier, self.data.test, self.data, args.precision, self.world)
+            with self.saving(save):
+                self.run_epoch(done)
+                found = evaluate(self.classifier, data.test, data, args.precision, self.world)
             self.accuracies.append(found[0])
             self.seconds += time.perf_counter() - began
             yield done
