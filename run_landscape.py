@@ -53,7 +53,7 @@ def parse_args(argv=None):
         add(f"--{axis}-range", cli.finite_float, None, f"N points in {axis}; 25 around the three networks by default", nargs=3, metavar=("MIN", "MAX", "N"))
     add("--encoder-only", bool, False, "loss between softmaxed embeddings, without the heads (Figs. 15, 16)")
     add("--bn-statistics", ("interpolate", "recompute"), "interpolate", "statistics of batch norm at each point")
-    add("--batch-size", cli.positive_int, 256, "images per forward pass; it changes no number but round-off")
+    add("--batch-size", cli.positive_int, 256, "images per forward pass; it changes round-off, and what --bn-statistics recompute estimates")
     add("--seed", cli.non_negative_int, 0, "seed of the linear probes")
     cli.add_probe_flags(parser)
     cli.add_device_flags(parser)
@@ -66,7 +66,7 @@ def parse_args(argv=None):
             parser.error(f"--{axis}-axis is missing: a plane goes through three networks")
         if given := getattr(args, f"{axis}_range"):
             low, high, n = given
-            if not (-1e9 < low <= high < 1e9 and n in range(1, 10_001) and (low < high or n == 1)):
+            if not (-1e9 < low <= high < 1e9 and n in range(1, 10_001) and (low < high) == (n > 1)):
                 what = f"--{axis}-range {low:g} {high:g} {n:g}"
                 parser.error(f"{what}: give smaller end, larger end and number, such as -1 2 25")
             setattr(args, f"{axis}_range", [low + 0.0, high, int(n)])  # a CSV has no -0

@@ -6,7 +6,7 @@ soft-max are computed once, and a step forms the teacher's outputs from them wit
 (``rtd.last_layer``). The student is in train mode: its batch norm, where it has one, sees the
 batch. A step of the algorithm is
 
-    loss = distiller(index)[0];  loss.backward();  optimizer.step()
+    loss = distiller(index)[0];  loss.backward();  optimizer.step();  distiller.after_step()
 
 Under bf16 the teacher's answers are still computed in float32, and so are the student's first
 steps: next to its teacher (alpha = 1e-10) the student differs from it by less than bf16 resolves.

@@ -9,8 +9,8 @@ pass over blocks of outputs that stay in the cache gives
     A = sum p_t d,  B = sum p_t phi(d);  the ratio of the normalisers is sum p_t exp(d) = 1 + A + B,
     KL = log(1 + A + B) - A = B - phi(log(1 + A + B))
 
-In the last form B and phi are of the size of the KL, so nothing cancels where that is 1e-7. At the
-teacher d = 0 and KL = 0.
+In the last form B and phi are of the size of the KL, so nothing cancels where that is 1e-7; in the
+first nothing cancels where they are large. At the teacher d = 0 and KL = 0.
 """
 
 import math
@@ -66,7 +66,7 @@ def divergences(z, weight, z_t, weight_t, lme_t, entropy_t):
         b += e.sub_(delta).mul_(p_t).sum(0)
     a, b = a / m, b / m
     ratio = torch.log1p(a + b)
-    kl = b - losses.exp_minus_one_minus(ratio)
+    kl = torch.where(ratio.abs() < 1, b - losses.exp_minus_one_minus(ratio), ratio - a)
     constant = lme_t + math.log(m)  # teacher's log-sum-exp; its sum p_t t is that less its entropy
     entropy = constant + ratio - (constant - entropy_t + a + inner / m) / (1 + a + b)
     return torch.stack([kl, kl + entropy_t, square / m, entropy]).sum(1)
@@ -115,7 +115,8 @@ class Landscape:
         images = self.images["train"]
         count = math.ceil(len(images) / self.batch_size)
         # each batch takes images from all over the set, which may be sorted by class
-        update_bn((images[i::count] for i in range(count)), network.encoder)
+        with autocast(images.device, self.precision):
+            update_bn((images[i::count] for i in range(count)), network.encoder)
 
     @torch.no_grad()
     def evaluate(self, network, probes=(), **options):
@@ -130,7 +131,7 @@ class Landscape:
             totals[name] += compare(*outputs, *side)
             features[name].append(f)
         means = torch.cat([total / len(self.images[name]) for name, total in totals.items()])
-        values = means.tolist()  # the one time that a GPU is waited for
+        values = means.tolist()  # for the losses, a GPU is waited for once
         names = [f"{name}_{loss}" for name in totals for loss in MEASURES]
         row = {k: v if math.isfinite(v) else math.nan for k, v in zip(names, values, strict=True)}
         features = [torch.cat(parts) for parts in features.values()]

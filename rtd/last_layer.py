@@ -50,9 +50,10 @@ class Workspace:
 
     def empty(self, name, shape, like):
         """An uninitialised tensor of ``like``'s type, in the memory of the last of this name."""
-        size, buffer = math.prod(shape), self._buffers.get(name)
+        size, key = math.prod(shape), (name, like.dtype, like.device)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = like.new_empty(size)
+            buffer = self._buffers[key] = like.new_empty(size)
         return buffer[:size].view(shape)
 
 
@@ -214,9 +215,11 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        if ctx.turn != ctx.workspace.turn:
-            raise RuntimeError("call backward before the next loss in the same workspace")
-        grad_z, grad_weight = ctx.gradients
+        if ctx.turn != ctx.workspace.turn or torch.is_grad_enabled():  # for second derivatives
+            raise RuntimeError(
+                "call backward once, without create_graph, before the next loss in a workspace"
+            )
+        ctx.turn, (grad_z, grad_weight) = None, ctx.gradients
         del ctx.gradients
         return grad_z.mul_(grad_loss), grad_weight.mul_(grad_loss), *(None,) * 9
 
@@ -243,7 +246,7 @@ def last_layer_loss(
     workspace: a ``Workspace`` to reuse; the next call with it overwrites the weight's gradient.
 
     Returns a ``LastLayerLoss``. Backward may be called once, as gradients are handed out uncopied.
-    It raises RuntimeError if another call has used the workspace in between.
+    It raises RuntimeError for second derivatives, and if another call has used the workspace since.
     """
     if kind not in LOSSES:
         raise ValueError(f"kind must be one of {LOSSES}, not {kind!r}")

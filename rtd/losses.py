@@ -39,7 +39,8 @@ def kl_terms(p_s, p_t, d):
 
     Far apart exp(d) may overflow and p_t underflow, but there the difference does not cancel.
     """
-    return torch.where(d.abs() < 1, p_t * exp_minus_one_minus(d), p_s - p_t * (1 + d))
+    near = p_t * exp_minus_one_minus(d.clamp(-1, 1))  # lest its overflow make a gradient nan
+    return torch.where(d.abs() < 1, near, p_s - p_t * (1 + d))
 
 
 def cross_entropy(student_logits, teacher_logits):

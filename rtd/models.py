@@ -179,7 +179,7 @@ def random_network(generator, **model):
 def autocast(device, precision):
     """A context in which, with precision "bf16", convolutions and linear layers run in bfloat16.
 
-    All else stays float32: parameters, gradients, optimizer state, norms, soft-maxes and losses.
+    Parameters, their gradients, the optimizer's state, bottleneck vectors and losses stay float32.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 

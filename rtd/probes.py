@@ -29,7 +29,7 @@ def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32
 
     mean, std: of the images it was trained on; a checkpoint has them in its "data". float32 images
     count as normalised already. Raises ValueError for those without a value below 0, which must be
-    pixels. The encoder's mode is restored. progress: iterates over a list, and may show it.
+    pixels. The encoder is put back into its mode. progress: iterates over a list, and may show it.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), not {tuple(images.shape)}")

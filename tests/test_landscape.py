@@ -82,6 +82,14 @@ def test_a_small_kl_keeps_its_digits(generator):
         assert found == pytest.approx(truth, rel=tolerance)
 
 
+def test_a_large_kl_is_right(generator):
+    """Far from the teacher outputs without a norm differ by tens of nats."""
+    layers = [8 * x for x in last_layers(generator, 3, 300, 16, distance=1.0)]
+    expected = plain(layers[0] @ layers[1].T, layers[2] @ layers[3].T).sum(1)
+    assert expected[0] > 20
+    torch.testing.assert_close(in_float32(*layers), expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("encoder_only", [False, True])
 def test_a_point_is_the_mean_over_all_images_and_the_teacher_at_kl_zero(

@@ -58,6 +58,7 @@ def test_a_workspace_diagnostics_and_no_gradients_change_nothing(generator):
     used, found = Workspace(), []
     for name in ("logits", "gradient"):
         used.empty(name, (333 * 7 + 5,), z).fill_(torch.nan)
+        assert used.empty(name, (333 * 7,), z.double()).dtype == torch.float64
     for options in ({"diagnostics": True}, {}, {"workspace": used}):
         z.grad = weight.grad = None
         result = last_layer_loss(z, weight, *teacher, **options)
@@ -69,6 +70,16 @@ def test_a_workspace_diagnostics_and_no_gradients_change_nothing(generator):
     with torch.no_grad():
         quiet = last_layer_loss(z, weight, *teacher, diagnostics=True)
     assert not quiet.loss.requires_grad and all(map(torch.equal, quiet, first))
+
+
+def test_what_backward_does_not_compute_is_refused(generator):
+    z, weight, *teacher = inputs(generator, torch.float32)
+    loss = last_layer_loss(z, weight, *teacher).loss
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, z, create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call backward once"):
+        loss.backward()
 
 
 def test_log_mean_exp_by_blocks_survives_large_logits(generator, monkeypatch):

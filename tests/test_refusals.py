@@ -23,7 +23,7 @@ imp --rounds -1; --rounds 60; --prune-fraction 0; --prune-fraction 1; --prune so
 imp --rewind-epoch 3; --init student; --init random:1 random:01; --init random:x; --lr nan
 imp --epochs 0; --save-every 0; --subset 5000
 lmc --runs 1; --points 1; --bn-statistics none; --bn-batches 0; --line-subset 41; --epochs 0
-landscape --x-range 1 0 5; --x-range 0 1 0; --x-range 0 0 2; --x-range 0 1 2.5
+landscape --x-range 1 0 5; --x-range 0 1 0; --x-range 0 0 2; --x-range 0 1 2.5; --x-range 0 1 1
 landscape --y-range a 1 5                             | --y-range 'a' number
 landscape --y-range nan 1 5                           | --y-range 'nan' number
 landscape --plane curved; --k 41; --bn-statistics none; --batch-size 0; --subset 5000

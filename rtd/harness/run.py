@@ -88,10 +88,10 @@ class Run:
         if continued:
             before, flags = files.read_json(config), self.config["flags"]
             self._check(config, before)
-            with files.reading(config, "of a run"):  # it is written anew where flags have changed
+            with files.reading(config, "of a run"):
                 session = {key: before[key] for key in ("command", "commit", "started")}
                 self.config["earlier"] = [*before.get("earlier", []), session]
-                continued = all(before["flags"][name] == flags[name] for name in may_change)
+                self._changed = any(before["flags"][name] != flags[name] for name in may_change)
         old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
         old = [path for path in old if not path.is_dir()]
         if lost := {path.resolve() for path in old} & {Path(path).resolve() for path in read}:
@@ -102,11 +102,15 @@ class Run:
         for path in old:
             path.unlink(missing_ok=True)
         if not continued:
-            with files.atomic_write(config, "w") as file:
-                file.write(json.dumps(self.config, indent=2) + "\n")
+            self._write_config()
         self.say(f"run folder: {folder}")
         if shutil.disk_usage(folder).free < 2**30:
             self.say(f"note: less than 1 GB is free on the disk of {folder}")
+
+    def _write_config(self):
+        with files.atomic_write(self.folder / "config.json", "w") as file:
+            file.write(json.dumps(self.config, indent=2) + "\n")
+        self._changed = False
 
     def _check(self, path, contents, **unit):
         """Raise InputError unless ``contents``, of a file, belong to this run and ``unit``."""
@@ -195,6 +199,8 @@ class Run:
         """Write ``rows`` as the CSV file ``name`` of this run."""
         if self.world.is_main:
             files.write_csv(self.folder / name, columns, rows)
+            if self._changed:  # flags, since config.json was written; only now is none refused
+                self._write_config()
 
     def concatenate(self, name, columns, parts):
         """Write those of the tables ``parts`` that exist yet as one, ``name``; returns its rows."""
