@@ -6,6 +6,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 
 import pytest
 
@@ -32,6 +33,9 @@ def script(monkeypatch, capsys):
             runpy.run_path(str(ROOT / f"run_{name}.py"), run_name="__main__")
         except SystemExit as stop:
             code = stop.code or 0
+        except Exception:
+            code = 1
+            traceback.print_exc()
         return Result(code, *capsys.readouterr())
 
     return call

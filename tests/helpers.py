@@ -7,6 +7,7 @@ fork of it: a real process with its own signals, files and random state, but wit
 
 import contextlib
 import csv
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -134,24 +135,22 @@ def change(path, edit):
 OWN = {"config", "identity", "checksum", "seconds", "images_per_second"}
 
 
-def difference(a, b, where=""):
-    """Where two trees of plain types and tensors differ first; "" if they are equal bit for bit."""
-    if type(a) is not type(b) and not (isinstance(a, dict) and isinstance(b, dict)):
-        return f"{where}: {type(a)} and {type(b)}"
-    if isinstance(a, dict):
-        if a.keys() - OWN != b.keys() - OWN:
-            return f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))}"
-        parts = ((k, a[k], b[k]) for k in a if k not in OWN)
-    elif isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return f"{where}: lengths {len(a)} and {len(b)}"
-        parts = ((i, *pair) for i, pair in enumerate(zip(a, b, strict=True)))
-    elif isinstance(a, torch.Tensor):
-        equal = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-        return "" if equal else f"{where}: tensors"
-    else:
-        return "" if repr(a) == repr(b) else f"{where}: {a!r} and {b!r}"
-    return next(filter(None, (difference(x, y, f"{where}/{k}") for k, x, y in parts)), "")
+def leaves(tree, where=""):
+    """{place in the tree: what is there, in words, to the bit}, but for ``OWN``."""
+    if isinstance(tree, (dict, list, tuple)):
+        parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        found = (leaves(part, f"{where}/{key}") for key, part in parts if key not in OWN)
+        return dict.fromkeys([f"{where}/"]) | dict(itertools.chain(*map(dict.items, found)))
+    if isinstance(tree, torch.Tensor):
+        content = tree.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return {where: (tree.dtype, tree.shape, content)}
+    return {where: repr(tree)}
+
+
+def difference(a, b):
+    """The first place where two trees of plain types and tensors differ; "" if there is none."""
+    a, b = leaves(a), leaves(b)
+    return next((place for place in a | b if a.get(place, "") != b.get(place, "")), "")
 
 
 def runs_differ(case, a, b):
@@ -162,8 +161,8 @@ def runs_differ(case, a, b):
             if names[0] != names[1] or not names[0]:
                 return f"files {names}"
             for name in sorted(names[0]):
-                if found := difference(read(a / name), read(b / name), name):
-                    return found
+                if found := difference(read(a / name), read(b / name)):
+                    return f"{name}: {found}"
     return ""
 
 
@@ -281,17 +280,9 @@ def shell(command, **env):
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def launch(name, *flags):
-    """The script under torchrun itself, on two processes, begun: a subprocess.Popen."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *torchrun, f"run_{name}.py", *words(flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, cwd=ROOT)
-
-
-def one_sentence(result, *mentioned):
-    """What is wrong with a refusal: exit code 2 and one line that mentions these words; or ""."""
-    if result.code != 2:
+def one_sentence(result, *mentioned, code=2):
+    """What is wrong with a refusal: exit code and one line that mentions these words; or ""."""
+    if result.code != code:
         return f"exit code {result.code}: {result.err or result.out}"
     if result.err.strip("\n").count("\n") or not result.err or "Traceback" in result.err:
         return f"not one line: {result.err}"

@@ -2,127 +2,87 @@
 as an unbroken one, bit for bit but for timings.
 """
 
-import os
 import random
 import shutil
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
+import helpers
 import pytest
-import torch
-from helpers import (
-    CASES,
-    DATA,
-    SUPERVISED,
-    TINY,
-    finish,
-    launch,
-    one_sentence,
-    runs_differ,
-    snapshot,
-    start,
-    start_two,
-    state,
-    table,
-)
+from helpers import CASES, DATA, SUPERVISED, TINY, finish, one_sentence, runs_differ, start, table
 
-SIGNALS = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM, "interrupted": signal.SIGINT}
-WAYS = """distill: resumed killed terminated interrupted; ema: terminated; shuffle: killed;
-    imp: resumed killed shared; lmc: resumed interrupted shared; landscape: terminated shared;
-    sweep: shared"""
-MORE = """bf16: resumed; sweep: resumed killed shared; shuffle: resumed killed shared;
-    distill: many; imp: many; lmc: many; landscape: many"""
+KILL, TERMINATE, INTERRUPT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
-def pairs(text):
-    """[(name of a case, way of running it)]"""
-    lines = (line.split(":") for line in text.split(";"))
-    return [(name.strip(), way) for name, ways in lines for way in ways.split()]
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def resume(case, flags, folder):
-    finish(start(case.script, flags, "--resume --out", folder))
+def ends_as_unbroken(finished, name, folder):
+    """With --resume, whatever was done before."""
+    finish(start(CASES[name].script, finished.flags(name), "--resume --out", folder))
+    assert runs_differ(CASES[name], finished[name], folder) == ""
 
 
-def stopped(case, flags, folder, sent, after):
-    """The run is sent a signal ``after`` seconds; returns whether it was stopped by it."""
-    process = start(case.script, flags, "--resume --out", folder)
-    if sent == signal.SIGINT:  # while Python itself begins, Ctrl-C is a traceback
-        process.wait_until(lambda: process.said()[0])
-    try:
-        result = process.wait(after)
-    except subprocess.TimeoutExpired:
-        process.send(sent)
-        result = process.wait(60)
-    assert result.code in (0, 128 + sent), result
-    assert result.err.count("\n") <= 1 and "Traceback" not in result.err, result.err
-    assert not result.err or "--resume" in result.err
-    return result.code != 0
+@pytest.mark.parametrize("name", ["distill", slow("bf16"), slow("sweep"), slow("shuffle")])
+def test_a_run_that_was_begun_shorter_ends_as_an_unbroken_one(finished, tmp_path, name):
+    run = shutil.copytree(finished[f"half {name}"], tmp_path / "run")
+    for _ in range(2):  # the second time nothing is left to do
+        ends_as_unbroken(finished, name, run)
 
 
-def ends_as_unbroken(finished, folder, name, way, times=1):
-    """Run in the given way; where that is a signal, until one has stopped it so many times."""
-    case, flags, draw = CASES[name], finished.flags(name), random.Random(f"{name} {way}")
-    unbroken, seconds = finished[name], finished.seconds[name]
-    for attempt in range(20):
-        out = folder / f"{way}{attempt}"
-        if way == "resumed":  # begun shorter, continued, and asked to go on with nothing left to do
-            finish(start(case.script, flags, case.shorter, "--out", out))
-            resume(case, flags, out)
-        elif way == "shared":
-            finish(*start_two(case.script, flags, "--out", out))
-        while times and way in SIGNALS:
-            if not stopped(case, flags, out, SIGNALS[way], draw.uniform(0, 0.8) * seconds):
-                break  # it came to its end: another is begun
-            times -= 1
-        resume(case, flags, out)
-        assert runs_differ(case, unbroken, out) == ""
-        shutil.rmtree(out)
-        if not times or way not in SIGNALS:
-            return
+@pytest.mark.parametrize("name", ["imp", "lmc", "landscape", "sweep", slow("shuffle")])
+def test_a_run_that_two_processes_share_ends_as_an_unbroken_one(finished, tmp_path, name):
+    finish(*helpers.start_two(CASES[name].script, finished.flags(name), "--out", tmp_path / "run"))
+    ends_as_unbroken(finished, name, tmp_path / "run")
+
+
+STOPPED = [("distill", KILL, 1), ("imp", KILL, 1), ("lmc", INTERRUPT, 1), ("ema", TERMINATE, 1)]
+STOPPED += [("landscape", TERMINATE, 1), slow("distill", INTERRUPT, 1), slow("sweep", KILL, 1)]
+STOPPED += [slow(n, KILL, 5) for n in ("distill", "shuffle", "lmc", "landscape")]
+STOPPED += [slow(n, TERMINATE, 2) for n in ("distill", "imp", "lmc")]
+
+
+@pytest.mark.parametrize(("name", "number", "times"), STOPPED)
+def test_a_stopped_run_ends_as_an_unbroken_one(finished, tmp_path, name, number, times):
+    case, draw, run = CASES[name], random.Random(f"{name} {number}"), tmp_path / "run"
+    unbroken, left = finished[name], times
+    for _ in range(20 * times):
+        process = start(case.script, finished.flags(name), "--resume --out", run)
+        if number == INTERRUPT:  # while Python itself begins, Ctrl-C is a traceback
+            process.wait_until(lambda process=process: process.said()[0])
+        try:
+            result = process.wait(draw.uniform(0, 0.8) * finished.seconds[name])
+        except subprocess.TimeoutExpired:
+            process.send(number)
+            result = process.wait(60)
+        assert result.code in (0, 128 + number) and "Traceback" not in result.err, result
+        assert not result.err or "--resume" in result.err and result.err.count("\n") == 1
+        left -= result.code != 0
+        if not left:
+            return ends_as_unbroken(finished, name, run)
+        if result.code == 0:  # it came to its end: another is begun
+            assert runs_differ(case, unbroken, run) == ""
+            shutil.rmtree(run)
     raise AssertionError("the runs ended before they could be stopped")
 
 
-@pytest.mark.parametrize(
-    ("name", "way"), pairs(WAYS) + [pytest.param(*p, marks=pytest.mark.slow) for p in pairs(MORE)]
-)
-def test_a_run_ends_as_an_unbroken_one(finished, tmp_path, name, way):
-    for sent, times in {"killed": 5, "terminated": 2}.items() if way == "many" else [(way, 1)]:
-        ends_as_unbroken(finished, tmp_path, name, sent, times)
+def test_the_comparison_sees_one_changed_number(finished, tmp_path):
+    """Negative control: one weight, one cell of a table, a missing file."""
+    run = shutil.copytree(finished["distill"], tmp_path / "run")
 
+    def found():
+        return runs_differ(CASES["distill"], finished["distill"], run)
 
-def leaves(tree):
-    """The tensors in a tree."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return [leaf for part in parts for leaf in leaves(part)]
-
-
-@pytest.mark.parametrize("name", ["distill", "imp", "lmc"])
-def test_the_comparison_sees_one_changed_number(finished, tmp_path, name):
-    """Negative control: one weight, one momentum, one cell of one table."""
-    case, draw = CASES[name], random.Random(name)
-    shutil.copytree(finished[name], tmp_path / "run")
-    assert runs_differ(case, finished[name], tmp_path / "run") == ""
-    path = sorted((tmp_path / "run").glob(case.states[0]))[0]
-    whole = path.read_bytes()
-    for which in draw.sample(range(len(leaves(state(path)))), 8):
-        contents = state(path)
-        tensor = leaves(contents)[which]
-        last = (-1,) * tensor.ndim
-        tensor[last] = ~tensor[last] if tensor.dtype == torch.bool else tensor[last] + 1
-        torch.save(contents, path)
-        assert path.name in runs_differ(case, finished[name], tmp_path / "run")
-        path.write_bytes(whole)
-    path = tmp_path / "run" / case.tables[0]
-    text = path.read_text()
-    path.write_text(text.replace("1", "2", 1))
-    assert path.name in runs_differ(case, finished[name], tmp_path / "run")
-    path.unlink()
-    assert "files" in runs_differ(case, finished[name], tmp_path / "run")
+    assert found() == ""
+    helpers.change(run / "checkpoint.pt", lambda c: c["student"]["head.mlp.0.bias"][-1:].add_(1))
+    assert "checkpoint.pt" in found()
+    (run / "log.csv").write_text((run / "log.csv").read_text().replace("1", "2", 1))
+    assert "log.csv" in found()
+    (run / "log.csv").unlink()
+    assert "files" in found()
 
 
 def test_flags_that_should_change_nothing_change_nothing(finished, tmp_path):
@@ -136,25 +96,23 @@ def test_flags_that_should_change_nothing_change_nothing(finished, tmp_path):
 
 def test_a_finished_run_of_a_sweep_is_not_begun_again(finished, tmp_path):
     """Two runs are finished, two not begun; nothing happens to the folder without --resume."""
-    case, flags, folder = CASES["sweep"], finished.flags("sweep"), tmp_path / "sweep"
+    flags, folder = finished.flags("sweep"), tmp_path / "sweep"
     shutil.copytree(finished["sweep"], folder)
     for name in ("alpha0-seed1", "alpha0.5-seed0"):
         shutil.rmtree(folder / name)
-    before = snapshot(folder)
+    before = helpers.snapshot(folder)
     assert one_sentence(start("distill", flags, "--out", folder).wait(), "--resume") == ""
-    assert snapshot(folder) == before
-    resume(case, flags, folder)
-    after = snapshot(folder)
+    assert helpers.snapshot(folder) == before
+    ends_as_unbroken(finished, "sweep", folder)
+    after = helpers.snapshot(folder)
     for name in ("alpha0-seed0", "alpha0.5-seed1"):
         assert after[f"{name}/checkpoint.pt"] == before[f"{name}/checkpoint.pt"]
-    assert runs_differ(case, finished["sweep"], folder) == ""
     for path in filter(Path.is_file, folder.iterdir()):
         path.unlink()  # as if each run had been made by itself
-    before = snapshot(folder)
+    before = helpers.snapshot(folder)
     assert one_sentence(start("distill", flags, "--out", folder).wait(), "--resume") == ""
-    assert snapshot(folder) == before
-    resume(case, flags, folder)
-    assert runs_differ(case, finished["sweep"], folder) == ""
+    assert helpers.snapshot(folder) == before
+    ends_as_unbroken(finished, "sweep", folder)
 
 
 # Two processes that train one network together
@@ -164,7 +122,7 @@ def test_two_processes_train_as_one(tmp_path):
     """Without batch norm, whose statistics are each CPU process's own; the parts are uneven."""
     flags = f"{TINY} --norm none --alpha 0.5 --epochs 2 --log-every 1 --probe knn --subset 39"
     finish(start("distill", flags, "--out", tmp_path / "one"))
-    said = finish(*start_two("distill", flags, "--out", tmp_path / "two"))
+    said = finish(*helpers.start_two("distill", flags, "--out", tmp_path / "two"))
     assert said.out.count(str(tmp_path / "two")) == 1, "not one process printed"
     one, two = (table(tmp_path / name / "log.csv") for name in ("one", "two"))
     assert [row["epoch"] for row in two] == [0, 1, 2]
@@ -180,59 +138,44 @@ def test_two_processes_that_train_together_resume(tmp_path):
     """A signal costs them the epoch at most, and no number."""
     case = CASES["distill"]._replace(states=["checkpoint.pt"])
     flags = f"{TINY} --norm none --alpha 0.5 --probe none --epochs 4"
-    finish(*start_two("distill", flags, "--out", tmp_path / "whole"))
+    finish(*helpers.start_two("distill", flags, "--out", tmp_path / "whole"))
     for out, sent in (("a", signal.SIGTERM), ("b", signal.SIGKILL)):
-        processes = start_two("distill", flags, "--out", tmp_path / out)
+        processes = helpers.start_two("distill", flags, "--out", tmp_path / out)
         log = tmp_path / out / "log.csv"
         processes[0].wait_until(lambda log=log: log.exists() and len(table(log)) > 2)
         for process in processes:
             process.send(sent)
         for process in processes:
             assert process.wait().code in (0, 128 + sent)
-        finish(*start_two("distill", flags, "--resume --out", tmp_path / out))
+        finish(*helpers.start_two("distill", flags, "--resume --out", tmp_path / out))
         assert [row["epoch"] for row in table(log)] == [0, 1, 2, 3, 4]
         assert runs_differ(case, tmp_path / "whole", tmp_path / out) == ""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/thread-self/children").exists(), reason="only Linux has them")
-def test_under_torchrun_one_process_is_killed(finished, tmp_path):
-    case, flags, out = CASES["imp"], finished.flags("imp"), tmp_path / "run"
-    launched = launch("imp", flags, "--out", out)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("chains/*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    threads = Path(f"/proc/{launched.pid}/task").glob("*/children")
-    _, rank = [int(pid) for path in threads for pid in path.read_text().split()]
-    os.kill(rank, signal.SIGKILL)
-    launched.communicate(timeout=120)
-    assert launched.returncode != 0
-    resumed = launch("imp", flags, "--resume --out", out)
-    _, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err
-    assert runs_differ(case, finished["imp"], out) == ""
+def test_two_processes_under_torchrun_itself_end_as_one(finished, tmp_path):
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2"
+    result = helpers.shell(f"{torchrun} run_imp.py {finished.flags('imp')} --out {tmp_path}/run")
+    assert result.code == 0, result
+    assert runs_differ(CASES["imp"], finished["imp"], tmp_path / "run") == ""
 
 
 DIVERGES = f"{SUPERVISED} --epochs 1 --lr 1e30"
+FAILS = [("distill", f"{TINY} --subset 5000", 2, "--subset 5000")]
+FAILS += [("imp", f"{DIVERGES} --rounds 1 --init random:1 random:2", 1, "2 of 2")]
+FAILS += [("lmc", f"{DIVERGES} --runs 2", 1, "2 of 2")]
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "code", "said"),
-    [
-        ("distill", f"{TINY} --subset 5000", 2, "--subset 5000"),
-        ("imp", f"{DIVERGES} --rounds 1 --init random:1 random:2", 1, "2 of 2"),
-        ("lmc", f"{DIVERGES} --runs 2", 1, "2 of 2"),
-    ],
-)
+@pytest.mark.parametrize(("name", "flags", "code", "said"), FAILS)
 def test_what_fails_in_one_of_two_processes_ends_both(tmp_path, name, flags, code, said):
-    results = [p.wait() for p in start_two(name, flags, "--out", tmp_path / "run")]
+    results = [p.wait() for p in helpers.start_two(name, flags, "--out", tmp_path / "run")]
     assert [result.code for result in results] == [code, code]
     assert said in results[0].err and all(r.err.count("\n") <= 1 for r in results)
 
 
 def test_two_processes_probe_once(finished, tmp_path):
     flags = [finished["a"] / "checkpoint.pt", DATA, "--k 5 --out", tmp_path / "probe.csv"]
-    said = finish(*start_two("probe", *flags))
+    said = finish(*helpers.start_two("probe", *flags))
     rows = table(tmp_path / "probe.csv")
     assert [row["network"] for row in rows] == ["teacher", "student", "student-init", "input"]
     assert said.out.count("test accuracy") == 1

@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -24,19 +23,6 @@ import pytest
 import torch
 from helpers import CASES, DATA, SUPERVISED, TINY, finish, one_sentence, snapshot, start, table
 from PIL import Image
-
-
-@pytest.fixture
-def script(script):
-    """As everywhere, but a traceback too is a ``Result``, of exit code 1."""
-
-    def call(name, *flags):
-        try:
-            return script(name, *flags)
-        except Exception:
-            return helpers.Result(1, "", traceback.format_exc())
-
-    return call
 
 
 class Run:
@@ -69,11 +55,6 @@ def run_of(script, finished, tmp_path):
     return functools.partial(Run, script, finished, tmp_path / "run")
 
 
-def one_sentence_of(code, result, *mentioned):
-    """As ``one_sentence``, of another exit code."""
-    return one_sentence(result._replace(code=2) if result.code == code else result, *mentioned)
-
-
 def written(content):
     return lambda path: path.write_bytes(content)
 
@@ -93,11 +74,8 @@ def swapped(other):
 
 # Files
 
-DELETED = object()
-VALUES = [DELETED, None, "text", [1, 2], {}, -5, 0, 2.5, float("nan"), 1e300, 10**400, True]
-TENSORS = [lambda t: t[None], lambda t: t.flatten()[:1].clone(), lambda t: t.to(torch.int32)]
-TENSORS += [lambda t: t + 1, lambda t: t.double() * float("nan"), lambda t: t.to_sparse()]
-TENSORS += [lambda t: t.to("meta"), lambda t: t.tolist()]
+VALUES = [None, "text", {}, -5, 2.5, float("nan"), 10**400, True, torch.empty(2, device="meta")]
+CHANGES = [lambda t: t[None], lambda t: t + 1, lambda t: t.to_sparse(), lambda t: t.tolist()]
 
 
 def place(tree, draw):
@@ -112,26 +90,19 @@ def mutate_value(path, draw):
     contents = helpers.state(path)
     parent, key = place(contents, draw)
     old = parent[key]
-    new = draw.choice(TENSORS if isinstance(old, torch.Tensor) and draw.random() < 0.7 else VALUES)
-    new = new(old) if callable(new) else new
-    if new is DELETED:
-        del parent[key]
-    else:
-        parent[key] = new
+    new = draw.choice([change(old) for change in CHANGES] if torch.is_tensor(old) else VALUES)
+    parent[key] = new
     torch.save(contents, path)
     return f"{key}: {old!r:.40} became {new!r:.40}"
 
 
 def mutate_bytes(path, draw):
     content = bytearray(path.read_bytes())
-    at, count = draw.randrange(len(content)), draw.choice((1, 8, 200))
-    kind = draw.choice(["cut", "flip", "flip", "drop", "insert"])
-    if kind == "flip":
-        for at in draw.sample(range(len(content)), count):
-            content[at] ^= 1 << draw.randrange(8)
-    else:
-        end = {"cut": None, "drop": at + count, "insert": at}[kind]
-        content[at:end] = draw.randbytes(count if kind == "insert" else 0)
+    at, new = draw.randrange(len(content)), draw.randbytes(8)
+    kind, end, new = draw.choice(
+        [("cut", None, b""), ("drop", at + 8, b""), ("insert", at, new), ("change", at + 8, new)]
+    )
+    content[at:end] = new
     path.write_bytes(content)
     return f"{kind} at {at}"
 
@@ -152,26 +123,6 @@ def test_a_damaged_state_is_not_resumed(run_of, name, file, mutate, count):
         found = one_sentence(result, run.out / file) if result.code else run.differs()
         wrong += [f"{what}: {found}"] * bool(found)
         shutil.rmtree(run.out)
-    assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize("mutate", [mutate_value, mutate_bytes])
-def test_a_damaged_checkpoint_is_not_probed(script, finished, tmp_path, mutate):
-    whole, path, out = finished["distill"] / "best.pt", tmp_path / "best.pt", tmp_path / "probe.csv"
-    draw, wrong = random.Random(mutate.__name__), []
-
-    def probed():
-        """The accuracies, or what is wrong with a refusal; "" if nothing is."""
-        result = script("probe", path, DATA, "--k 5 --probe knn --overwrite --out", out)
-        return one_sentence(result, path) if result.code else [row["knn"] for row in table(out)]
-
-    shutil.copy(whole, path)
-    good = probed()
-    assert len(good) == 4
-    for _ in range(25):
-        shutil.copy(whole, path)
-        what, found = mutate(path, draw), probed()
-        wrong += [f"{what}: {found}"] * (found not in ("", good))
     assert not wrong, "\n".join(wrong)
 
 
@@ -302,7 +253,7 @@ def test_other_inputs_are_noticed(script, finished, tmp_path):
         assert one_sentence(script(name, flags, "--resume --out", tmp_path / name), path) == ""
 
 
-@pytest.mark.parametrize("name", ["distill", "sweep", "imp", "lmc", "landscape"])
+@pytest.mark.parametrize("name", ["distill", "sweep", "landscape"])
 def test_of_two_in_one_folder_one_is_refused(run_of, name):
     run = run_of(f"new {name}")
     processes = [start(*run.command) for _ in range(2)]
@@ -344,9 +295,7 @@ FLUSHED += [("distill", "checkpoint.pt", [INTERRUPT] * 2, 130)]
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux tells what is flushed")
 @pytest.mark.parametrize(("name", "file", "events", "code"), FLUSHED)
-def test_what_happens_while_a_file_is_flushed_loses_nothing(
-    run_of, monkeypatch, name, file, events, code
-):
+def test_a_flush_interrupted_loses_nothing(run_of, monkeypatch, name, file, events, code):
     """A full disk leaves what stood before; signals wait, also a second one."""
     run = run_of(f"half {name}" if file != "config.json" else "new distill")
     before, left = {path: path.read_bytes() for path in run.out.rglob(file)}, list(events)
@@ -358,7 +307,8 @@ def test_what_happens_while_a_file_is_flushed_loses_nothing(
     with monkeypatch.context() as patch:
         before_each(patch, os, "fsync", happen)
         result = run.resume()
-    assert one_sentence_of(code, result, *[file, "No space left on device"] * (code == 2)) == ""
+    said = [file, "No space left on device"] * (code == 2)
+    assert one_sentence(result, *said, code=code) == ""
     assert not list(run.out.rglob(".*.tmp"))
     if code == 130:
         assert helpers.state(run.out / file)["epoch"] == 3
@@ -490,15 +440,13 @@ def test_signals_in_an_epoch_lose_no_step(run_of, monkeypatch, name, number, ste
     before_each(monkeypatch, optimizer, "step", count)
     entropy = torch.nn.functional
     before_each(monkeypatch, entropy, "cross_entropy", lambda *_: next(calls) == -step and stop())
-    assert one_sentence_of(128 + number, run.resume("--save-every 9"), "--resume") == ""
+    assert one_sentence(run.resume("--save-every 9"), "--resume", code=128 + number) == ""
     assert run.ends_wrong() == ""
     done = {"distill": 4 * 3, "imp": (3 + 3 + 3) * 3 + (3 + 2 + 2) * 3, "lmc": 3 * 2 * 3}[name]
     assert next(steps) == done
 
 
-def test_what_is_left_of_a_sweep_that_is_overwritten_is_not_taken_for_new(
-    run_of, script, monkeypatch
-):
+def test_an_overwritten_sweep_leaves_nothing_behind(run_of, script, monkeypatch):
     run, calls = run_of("sweep"), itertools.count()
     before = snapshot(run.out)
     with monkeypatch.context() as patch:
@@ -536,7 +484,7 @@ def test_sigterm_while_a_network_is_built(run_of, monkeypatch, name):
     run, calls = run_of(f"new {name}"), itertools.count()
     owner, name = torch.nn.init, "kaiming_uniform_"
     before_each(monkeypatch, owner, name, lambda *_: next(calls) == 3 and TERMINATE())
-    assert one_sentence_of(143, run.resume()) == ""
+    assert one_sentence(run.resume(), code=143) == ""
 
 
 def test_an_ignored_interrupt_stays_ignored(tmp_path):
@@ -560,10 +508,10 @@ def test_what_diverges_is_a_sentence_and_costs_no_checkpoint_and_no_other_run(sc
     one, sweep = tmp_path / "one", tmp_path / "sweep"
     for more in ("", "--resume"):
         result = script("distill", TINY, "--probe none --lr 1e30 --epochs 3 --out", one, more)
-        assert one_sentence_of(1, result, "not finite", "epoch", "step", "--lr") == ""
+        assert one_sentence(result, "not finite", "epoch", "step", "--lr", code=1) == ""
         assert helpers.state(one / "checkpoint.pt")["epoch"] == 0
         result = script("distill", TINY, "--epochs 2 --lr 1e30 0.001 --out", sweep, more)
-        assert one_sentence_of(1, result, "diverged", "lr1e+30") == ""
+        assert one_sentence(result, "diverged", "lr1e+30", code=1) == ""
         assert {row["lr"] for row in table(sweep / "summary.csv")} == {0.001}
         assert table(sweep / "lr0.001" / "log.csv")[-1]["epoch"] == 2
 
@@ -578,7 +526,7 @@ def test_a_chain_that_diverges_does_not_end_the_others(script, tmp_path, monkeyp
     before_each(monkeypatch, torch.optim.SGD, "step", spoil)
     flags = f"{SUPERVISED} --init random:1 random:2 --epochs 1 --rounds 1 --out {tmp_path}"
     result = script("imp", flags)
-    assert one_sentence_of(1, result, "1 of 2", "random:1", "not finite", "--lr") == ""
+    assert one_sentence(result, "1 of 2", "random:1", "not finite", "--lr", code=1) == ""
     assert [row["init"] for row in table(tmp_path / "imp.csv")] == ["random:2"] * 2
 
 
@@ -593,9 +541,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "code", "said"), ERRORS)
-def test_what_the_machine_lacks_is_a_sentence_and_a_bug_a_traceback(
-    script, tmp_path, monkeypatch, error, code, said
-):
+def test_only_a_bug_is_a_traceback(script, tmp_path, monkeypatch, error, code, said):
     monkeypatch.setattr(torch.optim.AdamW, "step", Mock(side_effect=error))
     result = script("distill", f"{ONE} --out", tmp_path / "run")
     assert result.code == code and said in result.err
@@ -607,38 +553,3 @@ def test_a_torchvision_of_another_torch_is_named(tmp_path):
     (tmp_path / "torchvision.py").write_text(broken)
     result = helpers.shell(f"{sys.executable} run_distill.py", PYTHONPATH=str(tmp_path))
     assert one_sentence(result, "torchvision does not work with the installed torch", "nms") == ""
-
-
-# Images
-
-
-def distilled(script, images, epochs=0):
-    """``Result`` of a distillation on a folder of images, into a folder beside it."""
-    more = ["--probe none --epochs", epochs, "--out", f"{images}-run"]
-    return script("distill", TINY, helpers.IMAGES.format(images=images), *more)
-
-
-def test_what_is_hidden_or_no_image_is_ignored_and_links_are_not_followed(script, tmp_path):
-    train = helpers.image_folder(tmp_path / "images") / "train"
-    for folder in ("one/inside", "one/.hidden", ".checkpoints"):
-        (train / folder).mkdir()
-    for name in ("a.gif", "Thumbs.db", "../notes.txt", "inside/b.gif", ".c.png", ".hidden/0.png"):
-        (train / "one" / name).touch()
-    (train / "one" / "linked").symlink_to(train, target_is_directory=True)  # where it lies
-    result = distilled(script, tmp_path / "images")
-    assert result.code == 0 and f"decoding the 12 images of {train}\n" in result.out, result
-
-
-def test_images_that_cameras_turned_are_turned_back(script, tmp_path):
-    """EXIF orientation 6: what is stored is the picture turned by a quarter to the left."""
-    upright, losses = helpers.image_folder(tmp_path / "upright"), []
-    turned = Path(shutil.copytree(upright, tmp_path / "turned"))
-    for path in turned.rglob("*.png"):
-        with Image.open(path) as image:
-            exif = image.getexif()
-            exif[0x0112] = 6
-            image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-    for folder in (upright, turned):
-        assert distilled(script, folder, epochs=1).code == 0
-        losses.append([row["loss"] for row in table(f"{folder}-run/log.csv")])
-    assert losses[0] == losses[1]

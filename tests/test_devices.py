@@ -5,13 +5,13 @@ the CPU elementwise, fails there as it would wait or fail on a GPU.
 """
 
 import contextlib
+import platform
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TINY, finish, readers, start
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
 
 from rtd import distill, interpolation, landscape, last_layer, losses, probes, pruning
 from rtd.data import Dataset, Split
@@ -20,7 +20,6 @@ from rtd.harness import device as devices
 from rtd.models import build_network, random_network
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
 SMALL = {"encoder": "resnet20", "out_dim": 300, "hidden_dim": 32, "bottleneck_dim": 16}
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -35,13 +34,6 @@ def black(device):
 def student_of_itself(network, data, kind="ce"):
     answers = distill.teacher_answers(network, MEAN, STD, 1.0, data.train.images)
     return distill.Distiller(network.train(), distill.FrozenTeacher(network, answers), data, kind)
-
-
-def waits(function):
-    """How often a GPU would be waited for: reads of values, and shapes that depend on values."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        function()
-    return sum(event.count for event in profiler.key_averages() if event.key in WAITS)
 
 
 class _StrictDraws(TorchFunctionMode):
@@ -66,15 +58,14 @@ def meta(monkeypatch):
 def settings(monkeypatch):
     """(matmul, cudnn): what ``pick_device`` sets for the whole process is as before afterwards."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    names = {matmul: ("allow_tf32", "allow_bf16_reduced_precision_reduction")}
-    names[cudnn] = "allow_tf32", "benchmark"
-    before = [(flags, name, getattr(flags, name)) for flags in names for name in names[flags]]
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    for flags in (matmul, cudnn):
+        for name in ("allow_tf32", "allow_bf16_reduced_precision_reduction", "benchmark"):
+            if hasattr(flags, name):
+                monkeypatch.setattr(flags, name, getattr(flags, name))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    deterministic = torch.are_deterministic_algorithms_enabled()
     yield matmul, cudnn
     monkeypatch.undo()  # torch imports more below, which would not like what is patched
-    for flags, name, value in before:
-        setattr(flags, name, value)
     torch.use_deterministic_algorithms(deterministic)
 
 
@@ -107,24 +98,25 @@ def test_a_device_is_picked_or_refused(monkeypatch, settings, name, gpus, mps, r
 
 
 def test_products_keep_their_digits_and_deterministic_runs_choose_no_algorithm_by_time(settings):
-    """TF32 is on within its block alone, however that ends."""
     matmul, cudnn = settings
     devices.pick_device("cpu")
     assert not matmul.allow_bf16_reduced_precision_reduction and cudnn.benchmark
-    for precision in devices.PRECISIONS:
-        assert not (matmul.allow_tf32 or cudnn.allow_tf32)
-        with contextlib.suppress(KeyError), devices.tf32(precision):
-            assert matmul.allow_tf32 is cudnn.allow_tf32 is (precision == "tf32")
-            raise KeyError
+    with devices.tf32("tf32"):
+        assert matmul.allow_tf32 and cudnn.allow_tf32
     assert not (matmul.allow_tf32 or cudnn.allow_tf32)
     devices.pick_device("cpu", deterministic=True)
     assert torch.are_deterministic_algorithms_enabled() and not cudnn.benchmark
 
 
-def test_outputs_come_in_blocks_on_cpus_and_all_at_once_on_gpus():
-    """A GPU has no cache to fit them into, and each launch costs as much as several blocks."""
-    found = [last_layer.blocks(300, 200, torch.device(name)) for name in ("cpu", "cuda")]
-    assert found == [[slice(0, 200), slice(200, 300)], [slice(0, 300)]]
+@pytest.mark.parametrize(
+    ("machine", "capability", "slow"),
+    [("x86_64", "AVX2", True), ("x86_64", "AVX512", False), ("arm64", "DEFAULT", False)],
+)
+def test_a_processor_without_bf16_is_said(monkeypatch, machine, capability, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    said = devices.describe(torch.device("cpu"), "bf16")
+    assert ("no instructions for it: fp32 is many times as fast" in said) == slow
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -154,20 +146,6 @@ def test_lines_masks_and_divergences_stay_on_their_device_and_wait_for_nothing(m
     assert {x.device for x in (f, *sides, found, landscape.embedding_divergences(f, f))} == {meta}
 
 
-def test_a_point_of_a_landscape_is_waited_for_once_and_mixing_two_networks_never():
-    network = random_network(torch.Generator().manual_seed(0), **SMALL).eval()
-    place = landscape.Landscape(network, black("cpu"), batch_size=2)
-    assert waits(lambda: place.evaluate(network)) <= 1  # tolist on the CPU counts as none
-    state = network.state_dict()
-    assert waits(lambda: interpolation.interpolate(state, state, 0.3)) == 0
-
-
-def test_knn_waits_twice_whatever_the_number_of_chunks(monkeypatch):
-    x, y = torch.randn(600, 4, generator=torch.Generator().manual_seed(0)), torch.arange(600) % 3
-    monkeypatch.setattr(probes, "CHUNK", 600 * 50)  # chunks of 50 images
-    assert waits(lambda: probes.knn_probe_torch(x, y, x, y)) == 2  # classes, hits
-
-
 def test_the_linear_probe_trains_where_its_features_are(meta, monkeypatch):
     """Its generator is the CPU's, and it waits but once, for its accuracy."""
     x, y = torch.empty(60, 4, device=meta), torch.zeros(60, dtype=torch.long, device=meta)
@@ -179,12 +157,6 @@ def test_the_linear_probe_trains_where_its_features_are(meta, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda self: seen.append(self.device) or 0.5)
     assert probes.linear_probe(x, y, x, y, 3, torch.Generator(), batch_size=20) == 50
     assert seen.count(meta) == 1  # the others are the optimizer's, of its counts on the CPU
-
-
-def test_scikit_learn_sees_features_of_the_cpu_alone(meta, monkeypatch):
-    monkeypatch.setattr(probes, "knn_probe_torch", lambda *arguments: arguments[-1])
-    x = torch.empty(60, 4, device=meta)
-    assert probes.knn_probe(x, x, x, x, k=7) == 7  # .numpy() would have failed
 
 
 @cuda

@@ -1,17 +1,13 @@
 """Initialisation: distributions, the student next to its teacher, independent random streams."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT
 from torch import nn
 
 from rtd.init import init_encoder_, init_head_, init_student_, random_stream
-from rtd.models import build_network, materialize, random_network
+from rtd.models import build_network, random_network
 
 HEAD = {"hidden_dim": 512, "bottleneck_dim": 256, "out_dim": 512}
 
@@ -69,27 +65,6 @@ def test_student_is_the_papers_formula_with_buffers_of_its_own(alpha):
     assert (student.encoder[1].running_var == 1).all()
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.3, 0.5, 0.8])
-def test_variance_does_not_depend_on_alpha(generator, alpha):
-    layers = [materialize(nn.Linear(500, 800, device="meta")) for _ in range(2)]
-    student = init_student_(*(init_head_(layer, generator) for layer in layers), alpha)
-    assert student.weight.std().item() == pytest.approx(0.02, rel=0.01)
-
-
-def test_alpha_1e_10_changes_about_one_entry_in_a_thousand():
-    teacher = network(0)
-    student = init_student_(network(1), teacher, 1e-10)
-    pairs = zip(student.parameters(), teacher.parameters(), strict=True)
-    changed = sum((a != b).sum().item() for a, b in pairs)
-    assert 5e-4 < changed / sum(p.numel() for p in teacher.parameters()) < 3e-3
-
-
-@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_alpha_outside_the_unit_interval_is_refused(alpha):
-    with pytest.raises(ValueError, match="alpha must lie in"):
-        init_student_(network(1), network(0), alpha)
-
-
 def test_streams_differ_by_seed_and_name_but_not_by_process():
     def draw(*key):
         return torch.randint(2**40, (3,), generator=random_stream(*key)).tolist()
@@ -98,10 +73,5 @@ def test_streams_differ_by_seed_and_name_but_not_by_process():
     keys = [(seed, name) for seed in (0, 1) for name in ("teacher-init", "student-init")]
     keys += [(0, "batch-order", 1), (0, "batch-order", 11)]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
-    program = """if True:
-        import torch
-        from rtd.init import random_stream
-        print(torch.randint(2**40, (3,), generator=random_stream(0, "probe")).tolist())"""
-    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
-    printed = subprocess.check_output([sys.executable, "-c", program], text=True, env=env)
-    assert printed.strip() == str(draw(0, "probe"))
+    # in every process and for ever: Python's hash() would not do
+    assert random_stream(0, "probe").initial_seed() == 11029647991018824084

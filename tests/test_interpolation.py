@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from rtd.interpolation import Plane, error_barrier, interpolate
+from rtd.interpolation import Plane, interpolate
 
 
 def network(seed):
@@ -44,11 +44,6 @@ def test_ends_of_the_line_are_the_networks_bit_for_bit_and_sides_may_be_swapped(
     for gamma, end in ((0, a), (1, b)):
         assert all(torch.equal(x, end[name]) for name, x in interpolate(a, b, gamma).items())
     assert interpolate(a, b, 0)["0.weight"].data_ptr() != a["0.weight"].data_ptr()
-
-
-def test_error_barrier_is_the_rise_over_the_mean_of_the_ends():
-    assert error_barrier([10, 30, 50, 20]) == 35
-    assert error_barrier([10, 10, 10]) == 0
 
 
 def test_corners_of_an_interpolation_plane_are_the_networks_bit_for_bit():

@@ -90,14 +90,6 @@ def test_log_mean_exp_by_blocks_survives_large_logits(generator, monkeypatch):
     torch.testing.assert_close(output_log_mean_exp(z, weight, torch.float64), expected)
 
 
-def test_equal_student_and_teacher_have_no_kl(generator):
-    z, weight, *_ = inputs(generator, torch.float32)
-    result = last_layer_loss(z, weight, z.detach(), F.normalize(weight.detach()), diagnostics=True)
-    assert 0 <= result.kl < 1e-13
-    result.loss.backward()
-    assert z.grad.abs().max() < 1e-7
-
-
 @pytest.mark.parametrize(("kl", "tolerance"), [(1e-6, 0.05), (1e-4, 0.02)])
 def test_bf16_products_keep_a_small_kl_and_its_gradient(generator, kl, tolerance):
     """bf16 rounds logits of deviation 1/16 by about 1e-4; a KL of 1e-6 has differences of 1e-3."""
@@ -111,21 +103,8 @@ def test_bf16_products_keep_a_small_kl_and_its_gradient(generator, kl, tolerance
         result = last_layer_loss(z, weight, z_t, weight_t, dtype=dtype, diagnostics=True)
         found[dtype] = (result.kl.item(), torch.autograd.grad(result.loss, z)[0].flatten())
     (exact, exact_grad), (rounded, rounded_grad) = found.values()
-    assert exact == pytest.approx(kl, rel=0.2)
+    z, z_t, weight = (x.detach().double() for x in (z, z_t, weight))
+    truth = losses.kl_divergence(z @ weight.T, z_t @ weight.T).mean().item()
+    assert exact == pytest.approx(truth, rel=1e-3) and 0.8 * kl < truth < 1.2 * kl
     assert rounded == pytest.approx(exact, rel=tolerance)
     assert F.cosine_similarity(exact_grad, rounded_grad, dim=0) > 0.99
-
-
-def test_kl_of_outputs_far_apart_is_finite(generator):
-    """At a temperature of 0.001 the outputs are in the hundreds: exp of a difference overflows."""
-    z, weight, z_t, weight_t = inputs(generator, torch.float32)
-    z, z_t = 1000 * z.detach(), 1000 * z_t
-    result = last_layer_loss(z, weight, z_t, weight_t, diagnostics=True)
-    s, t = z.double() @ F.normalize(weight.double()).T, z_t.double() @ weight_t.double().T
-    expected = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True)
-    assert result.kl.item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_unknown_loss_is_refused(generator):
-    with pytest.raises(ValueError, match="kind must be one of"):
-        last_layer_loss(*inputs(generator, torch.float32), kind="hinge")

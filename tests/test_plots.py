@@ -87,12 +87,8 @@ def test_curves_are_mean_and_band_of_the_seeds_with_whole_epochs_and_readable_ti
             np.testing.assert_allclose(points, np.transpose([(0, 2, 4, 6), values.mean(0)]))
             for edge in np.outer((-1, 1), values.std(0, ddof=1)) + values.mean(0):
                 assert np.isclose(edges[:, None], edge).any(0).all()
-        assert axis.lines[0].get_marker() == "o"
     kl = figure.axes[2]
     assert kl.lines[0].get_xdata().tolist() == [1, 2, 3, 4, 5, 6]  # the start's KL of 0 is no loss
-    assert kl.lines[0].get_marker() == "o"
-    assert sum("10^{-5}" in text for text in words(kl.yaxis.get_ticklabels(which="minor"))) > 1
-    assert plots.curves([log(epochs=40)]).axes[2].lines[0].get_marker() == ""
     for epochs, probes in ((0, ("knn",)), (1, ())):  # no panel for what was not probed
         figure = plots.curves([log(epochs=epochs, probes=probes)])
         figure.draw_without_rendering()
@@ -110,7 +106,6 @@ def test_two_flags_are_colour_and_style_and_runs_of_unequal_epochs_are_drawn_ove
     assert legends(figure) == [["out dim = 5", "out dim = 50", *flags], NETWORKS]
     final = [[n, RUNS[n][0][2::2][-1]["student_knn"]] for n in (5, 50)]
     assert drawn(knn)[plots.BLUE, "--"].tolist() == final and first.get_xlabel() == "step"
-    assert words(knn.get_xticklabels()) == ["5", "50"] and knn.get_xscale() == "log"
     figure = plots.sweep(["alpha"], {(0.0,): [log(probes=())]})  # without probes: the KL
     assert figure.axes[0].get_yscale() == "log" and legends(figure) == [["alpha = 0"]]
     # Categories have bars and no line that joins them.
@@ -122,14 +117,9 @@ def test_two_flags_are_colour_and_style_and_runs_of_unequal_epochs_are_drawn_ove
 
 
 def test_tickets_are_means_of_starts_and_lines_between_runs_are_thin_and_their_mean_thick():
-    rows = (
-        results("a:student", (50, 40))
-        + results("b:student", (54, 44))
-        + results("random:1", (30, 20))
-    )
-    rows += results("a:student", (60, 40), rewind_epoch=2) + results(
-        "a:student", (9, 8), control="shuffle"
-    )
+    rows = results("a:student", (50, 40)) + results("b:student", (54, 44))
+    rows += results("random:1", (30, 20)) + results("a:student", (60, 40), rewind_epoch=2)
+    rows += results("a:student", (9, 8), control="shuffle")
     figure = plots.imp(rows)
     name, (axis,) = "student, rewound to epoch", figure.axes
     found = {f"{name} 0, mean of 2", f"{name} 2", f"{name} 0,\nmasks shuffled"}
@@ -138,12 +128,8 @@ def test_tickets_are_means_of_starts_and_lines_between_runs_are_thin_and_their_m
     assert sorted(map(sorted, values)) == [[8, 9], [20, 30], [40, 60], [42, 52]]
     (band,) = axis.collections  # one start alone has none
     assert np.isclose(band.get_paths()[0].vertices, (100, 52 + 8**0.5)).all(1).any()
-    assert axis.get_xscale() == "log" and words(axis.get_xticklabels()) == ["100", "80"]
-    rows = (
-        results("random", (1, 5))
-        + results("random", (3, 9), j=2)
-        + results("x:student", (0, 99), bn="none")
-    )
+    rows = results("random", (1, 5)) + results("random", (3, 9), j=2)
+    rows += results("x:student", (0, 99), bn="none")
     figure = plots.lmc(rows)
     left, right = figure.axes
     assert words((left.title, right.title)) == ["random", "student"]
@@ -164,11 +150,9 @@ def test_planes_show_kl_and_the_probes_there_are_with_the_networks_named():
         assert norm.vmax == pytest.approx(5e-4) and 1e-10 < norm.vmin < 1e-4, "not the teacher's 0"
         *norms, first, second = sorted(words(maps[0].texts), key=len)
         assert {first, second} == {r"$\theta_T$", r"$\theta^*_S(0)$"} and "8.0" in norms
-        assert "contours: |theta|" in maps[0].get_xlabel()
     for cut in {"ys": (0,)}, {"xs": (1,)}, {"xs": (0,), "ys": (0,)}:  # curves
         kl, knn = plots.landscapes([panel(**cut)]).axes
         assert kl.get_xlabel() == ("y" if "xs" in cut else "x")
-        assert kl.get_ylabel() == "KL, nats"  # the panel's loss
         assert knn.lines[0].get_ydata().tolist() == [row["knn"] for row in panel(**cut)["rows"]]
 
 

@@ -5,13 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from rtd import probes
 from rtd.data import Dataset, Split, normalize
-from rtd.errors import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 KNN = {"scikit-learn": probes.knn_probe, "torch": probes.knn_probe_torch}
@@ -51,34 +48,6 @@ def test_knn_by_torch_has_exactly_the_accuracy_of_scikit_learn(generator, monkey
     assert probes.knn_probe_torch(*data, k) == probes.knn_probe(*data, k)
 
 
-def test_knn_by_torch_agrees_with_scikit_learn_on_duplicates_and_digits(generator):
-    """Each training point is there five times, so that a fifth of the votes are at distance 0."""
-    train_x, train_y, *_ = clusters(generator, 200, 10, spread=2.0)
-    twins = train_x.repeat(5, 1) + 30, train_y.repeat(5), train_x + 30, train_y
-    assert probes.knn_probe_torch(*twins, k=5) == probes.knn_probe(*twins, k=5) == 100
-    assert probes.knn_probe_torch(*twins, k=20) == probes.knn_probe(*twins, k=20) < 100
-    digits = load_digits()
-    x, y = torch.tensor(digits.data).float(), torch.tensor(digits.target)
-    splits = x[:1300], y[:1300], x[1300:], y[1300:]
-    assert probes.knn_probe_torch(*splits) == probes.knn_probe(*splits)
-
-
-@pytest.mark.parametrize("k", [0, 601])
-def test_k_outside_the_data_is_refused(generator, k):
-    with pytest.raises(InputError, match="--k"):
-        probes.knn_probe(*clusters(generator), k)
-
-
-def test_linear_probe_agrees_with_logistic_regression_also_where_gradients_are_off(generator):
-    train_x, train_y, test_x, test_y = clusters(generator, n=3000, spread=0.9)
-    oracle = LogisticRegression(max_iter=1000).fit(train_x, train_y)
-    reference = 100 * oracle.score(test_x, test_y)
-    with torch.no_grad():
-        found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=100)
-    assert reference > 90
-    assert found == pytest.approx(reference, abs=1.0)
-
-
 def test_linear_probe_is_torchs_linear_layer_under_adamw(generator, monkeypatch):
     """The same steps through nn.Linear and torch's default AdamW, from the same draws."""
     train_x, train_y, test_x, test_y = clusters(generator, n=300, spread=2.0)
@@ -97,7 +66,8 @@ def test_linear_probe_is_torchs_linear_layer_under_adamw(generator, monkeypatch)
         torch.optim, "AdamW", lambda p, **options: trained.extend(p) or plain(p, **options)
     )
     generator.manual_seed(5)
-    found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=30)
+    with torch.no_grad():  # as a caller may have it
+        found = probes.linear_probe(train_x, train_y, test_x, test_y, 4, generator, epochs=30)
     for ours, expected in zip(trained, layer.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     hits = (layer(test_x).argmax(1) == test_y).float()
@@ -138,11 +108,3 @@ def test_probing_depends_on_the_seed_alone_and_is_nan_where_features_are(generat
         test_x[3, 5] = value
         found = probes.probe(train_x, test_x, data)
         assert set(found) == {"linear", "knn"} and all(map(math.isnan, found.values()))
-
-
-def test_the_input_baseline_sees_the_normalised_pixels(generator):
-    images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    mean, std = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
-    expected = ((images.numpy() / 255 - mean) / std).reshape(50, -1)
-    found = probes.flat_pixels(images, MEAN, STD)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

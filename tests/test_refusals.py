@@ -17,7 +17,7 @@ distill --out-dim 0; --out-dim 99999999999999999999; --bottleneck-dim 0; --head-
 distill --loss huber; --precision fp16; --device gpu; --device cuda; --seed -1; --probe svm
 distill --probe-every 0; --probe-epochs 0; --log-every 0; --epoch 3; --subset 0; --save-every 0
 distill --fp32-steps -1; --student-temperature 0; --teacher-temperature nan; --out file
-distill --plot-format bmp
+distill --plot-format bmp; --encoder vgg12; --dataset imagenet; --k 41; --test-subset 451
 distill,imp,lmc,landscape --resume --overwrite
 imp --rounds -1; --rounds 60; --prune-fraction 0; --prune-fraction 1; --prune some; --control same
 imp --rewind-epoch 3; --init student; --init random:1 random:01; --init random:x; --lr nan
@@ -34,13 +34,9 @@ imp --rewind-epoch 0 0                                | --rewind-epoch once
 imp,lmc --init random random                          | --init once
 distill --lr 0; --lr nan; --lr inf; --lr -0.1         | --lr above 0
 distill --alpha 0 0                                   | --alpha once
-distill --encoder vgg12                               | --encoder vgg12 vgg11
-distill --dataset imagenet                            | --dataset imagenet digits
 distill --seed 1 1                                    | --seed once
-distill --k 41                                        | --k 41 40
 distill --subset 5000; --subset 40 5000               | --subset 5000 1347
 distill --subset 40 4                                 | --k 5
-distill --test-subset 451                             | --test-subset 451 450
 distill --dataset cifar10                             | --data-dir cifar10
 distill --dataset noise; --dataset digits cifar10     | --data-dir
 distill --dataset cifar10 --data-dir nowhere; --dataset folder --data-dir nowhere; \
@@ -51,6 +47,7 @@ distill --dataset cifar10 --data-dir other            | other --download cifar-1
 distill --dataset tinyimagenet --data-dir other       | other tiny-imagenet-200
 distill --download                                    | --download digits
 distill --bottleneck -/l/fn                           | --bottleneck -/l/fn -/lb/fn/wn/l/-
+distill --bottleneck wn/-/-/-/l/-                     | --bottleneck lin1
 distill --no-weight-norm --bottleneck -/lb/fn/wn/l/fn | --no-weight-norm --bottleneck
 distill --norm batch --encoder vit-tiny               | --norm batch ViT
 distill --image-size 16; --image-size 100000          | --image-size 32 1024

@@ -69,6 +69,7 @@ class Run:
         self.identity |= images | {spec: files.sha256(path_of(spec)) for spec in read}
         self.config["identity"] = self.identity
         self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
+        self._changed = False  # whether config.json is to be written anew
         world.in_main(lambda: self._open(products, may_change, map(path_of, read)))
 
     def _open(self, products, may_change, read):
@@ -199,7 +200,7 @@ class Run:
         """Write ``rows`` as the CSV file ``name`` of this run."""
         if self.world.is_main:
             files.write_csv(self.folder / name, columns, rows)
-            if self._changed:  # flags, since config.json was written; only now is none refused
+            if self._changed:  # only now is none of the flags refused
                 self._write_config()
 
     def concatenate(self, name, columns, parts):
