@@ -28,12 +28,11 @@ def adamw(student, lr=0.001, weight_decay=0.0, bias_decay=0.0):
 
     bias_decay: the weight decay of biases and of norms' gains; the authors' code had torch's 0.01.
     """
-    parameters = list(student.parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": bias_decay},
+        {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": bias_decay},
     ]
-    return torch.optim.AdamW(groups, lr=lr, fused=parameters[0].device.type != "mps")
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 @torch.no_grad()

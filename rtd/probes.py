@@ -58,8 +58,7 @@ def linear_probe(
     """
     dim, device = train_x.shape[1], train_x.device
     fc = init_linear_(nn.utils.skip_init(nn.Linear, dim, num_classes), generator).to(device)
-    fused = device.type != "mps"
-    optimizer = torch.optim.AdamW([fc.weight, fc.bias], lr=0.001, weight_decay=0.01, fused=fused)
+    optimizer = torch.optim.AdamW(fc.parameters(), lr=0.001, weight_decay=0.01, fused=True)
     with torch.enable_grad():  # a caller may have turned it off
         for _ in range(epochs):
             order = torch.randperm(len(train_x), generator=generator).to(device)

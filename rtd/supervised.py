@@ -24,9 +24,9 @@ def learning_rate(done, epochs, lr=0.1):
 
 def sgd(classifier, lr):
     """The optimizer of App. E.5 for all parameters of ``classifier``."""
-    parameters = list(classifier.parameters())
-    fused = parameters[0].device.type != "mps"
-    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4, fused=fused)
+    return torch.optim.SGD(
+        classifier.parameters(), lr, momentum=0.9, weight_decay=1e-4, fused=True
+    )
 
 
 def draw_augmentation(n, generator):

@@ -63,7 +63,7 @@ def test_linear_probe_is_torchs_linear_layer_under_adamw(generator, monkeypatch)
             optimizer.step()
     trained, plain = [], torch.optim.AdamW
     monkeypatch.setattr(
-        torch.optim, "AdamW", lambda p, **options: trained.extend(p) or plain(p, **options)
+        torch.optim, "AdamW", lambda p, **options: trained.extend(p) or plain(trained, **options)
     )
     generator.manual_seed(5)
     with torch.no_grad():  # as a caller may have it
