@@ -24,9 +24,7 @@ def learning_rate(done, epochs, lr=0.1):
 
 def sgd(classifier, lr):
     """The optimizer of App. E.5 for all parameters of ``classifier``."""
-    return torch.optim.SGD(
-        classifier.parameters(), lr, momentum=0.9, weight_decay=1e-4, fused=True
-    )
+    return torch.optim.SGD(classifier.parameters(), lr, momentum=0.9, weight_decay=1e-4, fused=True)
 
 
 def draw_augmentation(n, generator):

@@ -351,9 +351,9 @@ def test_what_tinyimagenet_lacks_is_named(tiny):
     assert "val_2.JPEG" in refusal("tinyimagenet", tiny)
     for content in (b"val_0.JPEG n02\n", b""):
         annotations.write_bytes(content)
-        said = "line 1: expected are a file name, a tab and one of the 2 classes"
+        said = f"{annotations} is damaged or not lines of a file name, a tab and one of the classes"
         assert said in refusal("tinyimagenet", tiny)
     annotations.write_bytes(b"val_0.JPEG\t\xff\xfe")
-    assert f"{annotations} is damaged or not a text file" in refusal("tinyimagenet", tiny)
+    assert f"{annotations} is damaged or not lines" in refusal("tinyimagenet", tiny)
     annotations.unlink()
     assert f"{annotations} is missing" in refusal("tinyimagenet", tiny)

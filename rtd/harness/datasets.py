@@ -102,12 +102,11 @@ def load_digits(size):
     """scikit-learn's 1,347 + 450 digits, 8x8 with 17 grey levels, brought to (3, size, size)."""
     from sklearn import datasets, model_selection
 
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    grey = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+    pixels, labels = map(torch.from_numpy, datasets.load_digits(return_X_y=True))
+    grey = pixels.float().view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(grey, size, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
-    every = Split(images, torch.from_numpy(labels).long())
-    parts = model_selection.train_test_split(range(len(every)), stratify=labels, random_state=0)
-    train, test = (Split(every.images[part], every.labels[part]) for part in parts)
+    parts = model_selection.train_test_split(range(len(labels)), stratify=labels, random_state=0)
+    train, test = (Split(images[part], labels[part].long()) for part in parts)
     return Dataset("digits", train, test, 10, *channel_statistics(train.images))
 
 
@@ -220,17 +219,10 @@ def load_tinyimagenet(data_dir, size, say):
             f"--data-dir {data_dir}: {annotations} is missing; unpack tiny-imagenet-200.zip there"
         )
     classes, train = _class_folders(root / "train")
-    with reading(annotations, "a text file"):
-        lines = annotations.read_text(encoding="utf-8").splitlines()
-    held_out = []
-    for number, line in enumerate(lines or [""], 1):
-        file, wnid, *_ = [*line.split("\t"), ""]
-        if wnid not in classes:
-            raise InputError(
-                f"{annotations}, line {number}: expected are a file name, a tab and one of the "
-                f"{len(classes)} classes"
-            )
-        held_out.append((root / "val/images" / file, classes.index(wnid)))
+    with reading(annotations, "lines of a file name, a tab and one of the classes"):
+        lines = annotations.read_text(encoding="utf-8").splitlines() or [""]
+        named = [line.split("\t")[:2] for line in lines]
+        held_out = [(root / "val/images" / file, classes.index(wnid)) for file, wnid in named]
     train = _decoded(root, "train", train, size, say)
     test = _decoded(root, "val", sorted(held_out), size, say)
     return Dataset("tinyimagenet", train, test, len(classes), *IMAGENET)
