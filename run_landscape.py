@@ -18,7 +18,7 @@ import numpy as np
 from rtd import plots
 from rtd.errors import InputError
 from rtd.harness import cli, files, probing
-from rtd.harness.checkpoint import check_image_size, load_network, load_spec, path_of
+from rtd.harness.checkpoint import check_model, load_network, load_spec, path_of
 from rtd.harness.console import progress
 from rtd.harness.datasets import LABELLED, fingerprints
 from rtd.harness.device import describe
@@ -88,7 +88,7 @@ def main(args, device, world):
         raise InputError(f"--origin {args.origin}: {args.dataset} has no test images")
     data = cli.load_data(args, world).with_normalization(source)
     cli.check_k(args, data)
-    check_image_size(f"--origin {args.origin}", origin["model"], data)
+    check_model(f"--origin {args.origin}", origin["model"], vars(args))  # with its --image-size
     # the second only lends its modules to the weights of each point
     teacher, network = (load_network(origin, which, device) for which in ("teacher", "student"))
     parameters = [name for name, _ in network.named_parameters()]
@@ -136,15 +136,16 @@ def load_networks(specs):
     loaded = [load_spec(flag, spec) for flag, spec in specs.items()]
     origin = loaded[0][0]
     for (contents, _), (flag, spec) in zip(loaded, specs.items(), strict=True):
-        odd = [f"{k} {x}" for k, x in origin["model"].items() if contents["model"][k] != x]
-        if odd:
-            odd = f"architectures: only the first has {', '.join(odd)}"
-        elif any(contents["data"][key] != origin["data"][key] for key in ("mean", "std")):
-            odd = "images: they are normalised differently"
-        elif files.checksum(contents["teacher"]) != files.checksum(origin["teacher"]):
-            odd = "teachers; distil with the same --seed, and without --ema"
-        if odd:
-            raise InputError(f"--origin {specs['--origin']} and {flag} {spec} have different {odd}")
+        check_model(f"{flag} {spec}", contents["model"], origin["model"])
+        both = [
+            (files.checksum(one["teacher"]), one["data"]["mean"], one["data"]["std"])
+            for one in (origin, contents)
+        ]
+        if both[0] != both[1]:
+            raise InputError(
+                f"--origin {specs['--origin']} and {flag} {spec} have different teachers, or images "
+                "that are normalised differently; use one --seed and --dataset, and no --ema"
+            )
     states = [contents[which.replace("-", "_")] for contents, which in loaded]
     return origin, states, [label(*network) for network in loaded]
 

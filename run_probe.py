@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rtd.errors import InputError
 from rtd.harness import cli, files
-from rtd.harness.checkpoint import ROLES, check_image_size, load_checkpoint, load_network
+from rtd.harness.checkpoint import ROLES, check_model, load_checkpoint, load_network
 from rtd.harness.probing import judge
 from rtd.harness.run import check_output, lock
 from rtd.harness.sweeps import plus_minus
@@ -57,7 +57,7 @@ def main(args, device, world):
     data = cli.load_data(args, world)
     cli.check_k(args, data)
     for path, contents in loaded:
-        check_image_size(path, contents["model"], data)
+        check_model(path, contents["model"], vars(args))  # of which --image-size is a model's
     cli.note_steps(args, data, world)
     data, rows, pixels = data.to(device), [], {}  # pixels: their accuracies by normalisation
     for path, contents in loaded:

@@ -58,7 +58,7 @@ distill --beta 1 --dataset noise --probe-dataset digits | --beta 1 noise
 distill --teacher nowhere.pt:student                  | nowhere.pt
 distill --teacher nowhere.pt; --teacher=              | PATH:NETWORK
 distill --teacher x.pt:pupil                          | --teacher supervised
-distill --teacher {a}/checkpoint.pt:student --out-dim 32 --norm layer | out_dim 64 norm
+distill --teacher {a}/checkpoint.pt:student --out-dim 32 --norm layer | --out-dim 64 --norm
 distill --teacher {lmc}/runs/init0-run1.pt:supervised --encoder resnet56 | encoder resnet20
 distill --teacher {lmc}/runs/init0-run1.pt:student    | init0-run1.pt
 distill --out file/run                                | --out file/run
@@ -100,7 +100,7 @@ landscape! --x-axis {a}/checkpoint.pt --y-axis {b}/checkpoint.pt:student | --x-a
 landscape --x-axis nowhere.pt:student                 | nowhere.pt
 landscape --y-axis {a}/checkpoint.pt:student          | --y-axis line
 landscape --y-axis {seed1}/checkpoint.pt:student      | --y-axis {seed1} teachers
-landscape --y-axis {narrow}/checkpoint.pt:student     | --y-axis {narrow} architectures
+landscape --y-axis {narrow}/checkpoint.pt:student     | --y-axis {narrow} --out-dim 32
 landscape --y-axis {elsewhere}/checkpoint.pt:student  | --y-axis {elsewhere} normalised
 landscape! --plot-only file --out x.png               | file
 landscape! --plot-only nowhere --out x.png            | nowhere

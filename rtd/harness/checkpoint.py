@@ -58,11 +58,15 @@ def load_spec(flag, spec, others=""):
     return load_checkpoint(path), which
 
 
-def check_image_size(what, model, data):
-    """Refuse a network ``what`` that was built for another size than that of ``data``."""
-    size = model["image_size"]
-    if size != data.train.images.shape[-1]:
-        raise InputError(f"{what} takes images of {size}x{size}; give --image-size {size}")
+def check_model(what, model, wanted):
+    """Refuse a network ``what`` that was built with other arguments than those ``wanted``."""
+    odd = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in model.items()
+        if wanted.get(name, value) != value
+    ]
+    if odd:
+        raise InputError(f"{what} was built with {', '.join(odd)}; flags and networks must agree")
 
 
 def read_teacher(spec, model):
@@ -77,9 +81,7 @@ def read_teacher(spec, model):
     else:
         contents, which = load_spec("--teacher", spec, f" or {SUPERVISED}")
         state = contents[which.replace("-", "_")]
-    odd = [f"{name} {value}" for name, value in contents["model"].items() if value != model[name]]
-    if odd:
-        raise InputError(f"--teacher {spec}: was built with {', '.join(odd)}; give the same flags")
+    check_model(f"--teacher {spec}", contents["model"], model)
     return state, contents["data"]
 
 
@@ -113,7 +115,7 @@ def load_starts(args, data):
     default = {"encoder": "resnet18", "norm": None}
     first = next((contents["model"] for contents, _ in loaded.values()), default)
     wanted = {"encoder": args.encoder or first["encoder"], "norm": first["norm"]}
-    wanted["image_size"] = data.train.images.shape[-1]
+    wanted["image_size"] = args.image_size
     starts = []
     for i, spec in enumerate(args.init):
         if spec in draws:
@@ -122,10 +124,7 @@ def load_starts(args, data):
             which, source = spec, source_of(data)
         else:
             contents, which = loaded[spec]
-            for key, value in wanted.items():
-                if (built := contents["model"][key]) != value:
-                    flag = f"--{key.replace('_', '-')} {built}"
-                    raise InputError(f"--init {spec} has {flag}; flags and all --init must agree")
+            check_model(f"--init {spec}", contents["model"], wanted)
             encoder, source = load_network(contents, which).encoder, contents["data"]
         starts.append(Start(f"init{i}", spec, which, wanted, encoder.state_dict(), source))
     return starts
