@@ -157,9 +157,9 @@ def curves(logs, title=""):
     return figure
 
 
-def _text(value):
-    """A flag's value in words; None is what no flag gives."""
-    return f"{value:.9g}" if isinstance(value, float) else str(value).replace("None", "default")
+def short(value):
+    """A flag's value as short text; None, which is what no flag gives, as "default"."""
+    return "default" if value is None else str(value).removesuffix(".0")
 
 
 def _sweep(names, groups, title, times, ends, parts):
@@ -182,13 +182,13 @@ def _sweep(names, groups, title, times, ends, parts):
     lines = [(logs, looks[k[:-1]] | {"color": colors[k[-1]]}) for k, logs in groups.items()]
     for axis, panel in zip(axes, times.items(), strict=False):
         _over_time(axis, lines, *panel)
-    legend = {f"{last} = {_text(value)}": {"color": color} for value, color in colors.items()}
+    legend = {f"{last} = {short(value)}": {"color": color} for value, color in colors.items()}
     for setting, look in looks.items() if others else ():
-        words = [f"{name} = {_text(v)}" for name, v in zip(others, setting, strict=True)]
+        words = [f"{name} = {short(v)}" for name, v in zip(others, setting, strict=True)]
         legend["\n".join(words)] = look | {"color": GREY}
     _legend(figure, legend, max(map(len, groups.values())), "upper")
     bare = {} if numbers else {"linestyle": ""}  # no line joins categories
-    labels = [_text(value) for value in values]
+    labels = [short(value) for value in values]
     slanted = {"rotation": 30, "ha": "right"} if len("".join(labels)) > 30 else {}
     for axis, (heading, columns) in zip(axes[len(times) :], ends.items(), strict=True):
         for part, color in parts.items():

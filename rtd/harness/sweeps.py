@@ -33,15 +33,10 @@ def expand(args):
     expanded = []
     for values in itertools.product(*(getattr(args, name) for name in SWEPT)):
         flags = vars(args) | dict(zip(SWEPT, values, strict=True))
-        parts = [f"{name.replace('_', '')}{label(flags[name])}" for name in varied(args)]
+        parts = [f"{name.replace('_', '')}{plots.short(flags[name])}" for name in varied(args)]
         flags["out"] = args.out / "-".join(parts).replace("/", ".")  # of a single run, --out itself
         expanded.append(argparse.Namespace(**flags))
     return expanded
-
-
-def label(value):
-    """A value of a flag as short text; None, which is what no flag gives, as "default"."""
-    return "default" if value is None else str(value).removesuffix(".0")
 
 
 def run(args, planned, device, world, do, products, title):
@@ -90,7 +85,7 @@ def summarize(sweep, names, groups, probes):
     columns, rows = (*names, "quantity", "epoch", "mean", "std", "n"), []
     sweep.say(f"\n{sweep.folder / 'summary.csv'}: mean and standard deviation over n seeds")
     for values, logs in groups.items():
-        setting = dict(zip(names, map(label, values), strict=True))
+        setting = dict(zip(names, map(plots.short, values), strict=True))
         for column in (*probed, "kl", *DISTANCES):
             both = zip(*(plots.best_and_final(log, column) for log in logs), strict=True)
             for epoch, found in zip(("best", "final"), both, strict=True):
