@@ -191,13 +191,14 @@ def _sweep(names, groups, title, times, ends, parts):
     labels = [short(value) for value in values]
     slanted = {"rotation": 30, "ha": "right"} if len("".join(labels)) > 30 else {}
     for axis, (heading, columns) in zip(axes[len(times) :], ends.items(), strict=True):
-        for part, color in parts.items():
-            column, found = columns.format(part.split()[0]), {}
-            for (*setting, value), logs in groups.items():
-                final = [best_and_final(log, column)[1] for log in logs]
-                found.setdefault(tuple(setting), {})[places[value]] = final
-            for setting, samples in found.items():
-                _line(axis, samples, **looks[setting] | color | bare)
+        for (part, color), (setting, look) in itertools.product(parts.items(), looks.items()):
+            column = columns.format(part.split()[0])
+            final = {
+                places[key[-1]]: [best_and_final(log, column)[1] for log in logs]
+                for key, logs in groups.items()
+                if key[:-1] == setting
+            }
+            _line(axis, final, **look | color | bare)
         if numbers and last != "alpha":  # sizes and learning rates vary by factors
             axis.set_xscale("log")
         axis.minorticks_off()
@@ -277,15 +278,14 @@ def lmc(rows, title=""):
     treatments = sorted({row["bn"] for row in rows}, reverse=True)  # recompute before interpolate
     figure, axes = _figure(len(shown), title, sharey=True)
     axes[0].set_ylabel("test error (%)")
-    several = len({(row["init"], row["i"], row["j"]) for row in rows}) > len(shown)
     looks = {}
-    for pair in [(), ("init", "i", "j")][: 1 + several]:
+    for pair in (), ("init", "i", "j"):  # the mean, then each pair
         lines = _samples(rows, "gamma", "test_error", "bn", "kind", *pair)
         for (bn, kind, *_), line in lines.items():
             look = {"linestyle": LOOKS[treatments.index(bn)]["linestyle"]}
             look["linewidth"] = 0.6 if pair else 2.2
-            label = "one pair" if pair or not several else f"mean of {len(line[0])} pairs"
-            looks[f"{label},\nbatch norm: {bn}"] = look | {"color": GREY}
+            label = f"mean of {n} pairs" if (n := len(line[0])) > 1 else "one pair"
+            looks.setdefault(f"{label},\nbatch norm: {bn}", look | {"color": GREY})
             mean = {gamma: [np.mean(errors)] for gamma, errors in line.items()}
             axis = axes[shown.index(kind)]
             _line(axis, mean, color=KINDS[kind], **look)
@@ -322,9 +322,9 @@ def _cut(axis, xs, ys, grid, networks, label):
     """A single row or column of a landscape as a curve; the networks on it are named above."""
     i = int(len(xs) == 1)  # 0: along x, 1: along y
     axis.plot((xs, ys)[i], grid.ravel(), "o-", color=BLUE)
-    for place in networks:
-        axis.axvline(place[i], color=RED, linewidth=0.8)
     places = [place[i] for place in networks]
+    for place in places:
+        axis.axvline(place, color=RED, linewidth=0.8)
     axis.secondary_xaxis("top").set_xticks(places, networks.values())
     axis.set(xlabel="xy"[i], ylabel=label)
     if "KL" in label:
@@ -346,8 +346,7 @@ def landscapes(panels):
     labels = {"train_kl": ""} | {p: f"{name},\n{ACCURACY}" for p, name in PROBE_TITLES.items()}
     shown = [name for name in labels if any(row[name] is not None for row in rows)]
     figure = Figure((4 * len(shown), 3.4 * len(panels)), layout="compressed")
-    titles = [panel["title"] for panel in panels]  # from top to bottom
-    figure.suptitle("\n".join(titles if len({*titles}) > 1 else titles[:1]))
+    figure.suptitle("\n".join(dict.fromkeys(panel["title"] for panel in panels)))
     columns = "x", "y", *shown, "norm_total"
     grid_of_axes = figure.subplots(len(panels), len(shown), squeeze=False)
     for axes, panel in zip(grid_of_axes, panels, strict=True):
@@ -358,7 +357,7 @@ def landscapes(panels):
         networks = {}
         for row in panel["points"]:
             if xs[0] <= row["x"] <= xs[-1] and ys[0] <= row["y"] <= ys[-1]:
-                name = str(row["name"]).replace("theta", r"\theta").replace("*", "^*")
+                name = row["name"].replace("theta", r"\theta").replace("*", "^*")
                 networks[row["x"], row["y"]] = f"${name}$"
         for axis, name, grid in zip(axes, shown, grids, strict=False):
             label = labels[name] or f"{panel['loss']}, nats"
