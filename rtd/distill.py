@@ -136,19 +136,6 @@ class Distiller(nn.Module):
             result = result._replace(loss=result.loss + self.beta * labelled)
         return result
 
-    @torch.no_grad()
-    def evaluate_start(self, batches):
-        """(len(batches), 4): ``LastLayerLoss`` of each of ``batches`` of indices, without a step.
-
-        Batch norm sees batch statistics as in training, and its running ones do not move.
-        """
-        buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
-        self.train()
-        try:
-            return torch.stack([torch.stack(self(index, observe=True)) for index in batches])
-        finally:
-            self.student.load_state_dict(buffers, strict=False)
-
 
 @torch.no_grad()
 def distance(network, start):

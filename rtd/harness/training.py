@@ -20,12 +20,11 @@ class Training:
     """Trains a module whose forward pass is its loss, one epoch after the other.
 
     loss: a module with loss(index, observe, precision) -> (loss, more to log where ``observe``),
-    ``begin_epoch(epoch)``, ``after_step()``, for ``start`` also ``evaluate_start(batches)``, and
-    ``data``, the ``Dataset`` it is trained on. stream: seed and names of the run's random numbers:
-    epoch e, from 1, has the order of random_stream(*stream, "batch-order", e). run: a ``Run`` with
-    the flags batch_size, precision, and perhaps fp32_steps, how many of the first steps are fp32,
-    and log_every: every so many steps one is observed, at least 5 an epoch, first and last among
-    them. name: for messages.
+    ``begin_epoch(epoch)``, ``after_step()`` and ``data``, the ``Dataset`` it is trained on. stream:
+    seed and names of the run's random numbers: epoch e, from 1, has the order of
+    random_stream(*stream, "batch-order", e). run: a ``Run`` with the flags batch_size, precision,
+    and perhaps fp32_steps, how many of the first steps are fp32, and log_every: every so many steps
+    one is observed, at least 5 an epoch, first and last among them. name: for messages.
     """
 
     def __init__(self, loss, optimizer, stream, run, name):
@@ -90,13 +89,22 @@ class Training:
             self.images_per_second = sum(map(len, left)) / (time.perf_counter() - began)
         return means
 
+    @torch.no_grad()
     def start(self):
-        """The means of ``run_epoch``, by the loss's ``evaluate_start``, before any step."""
+        """The means of ``run_epoch`` before any step.
+
+        Batch norm sees batch statistics as in training, and its running ones do not move.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.loss.named_buffers()}
         batches = torch.arange(self.count, device=self.device).split(self.args.batch_size)
         # as in a step, each process sees its part of a batch: SyncBatchNorm waits for all of them
-        shares, factors = zip(*map(self.world.share, batches), strict=True)
-        rows = zip(factors, self.loss.evaluate_start(shares), strict=True)
-        return self._mean([factor * row for factor, row in rows], batches).tolist()
+        shares = map(self.world.share, batches)
+        self.loss.train()
+        try:
+            values = [factor * torch.stack(self.loss(x, observe=True)) for x, factor in shares]
+        finally:
+            self.loss.load_state_dict(buffers, strict=False)
+        return self._mean(values, batches).tolist()
 
     def _step(self, batch):
         mine, factor = self.world.share(batch)  # all of the batch, and 1, in a single process
