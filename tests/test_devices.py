@@ -91,10 +91,9 @@ def test_a_device_is_picked_or_refused(monkeypatch, settings, name, gpus, mps, r
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    launched = {} if rank is None else {"launched": True, "local_rank": rank}
     refused = expected.startswith("--")  # in these words
     with pytest.raises(InputError, match=expected) if refused else contextlib.nullcontext():
-        assert devices.pick_device(name, **launched) == torch.device(expected)
+        assert devices.pick_device(name, local_rank=rank) == torch.device(expected)
 
 
 def test_products_keep_their_digits_and_deterministic_runs_choose_no_algorithm_by_time(settings):

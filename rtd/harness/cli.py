@@ -236,10 +236,9 @@ def run(main, args):
     try:
         with signals.raising(received):
             check_torchvision()
-            device = pick_device(args.device, args.deterministic, **distributed.place())
+            device = pick_device(args.device, args.deterministic, os.environ.get("LOCAL_RANK"))
             with distributed.process_group(device) as world:
                 main(args, device, world)
-        return
     except BaseException as error:
         code, message = _explain(error)
         if received:  # torch may turn what a signal raises into another error
@@ -249,9 +248,9 @@ def run(main, args):
         elif message is None:
             raise
         everywhere = getattr(error, "everywhere", world is None)
-    if int(os.environ.get("RANK", 0)) == 0 or not everywhere:
-        console.say(f"{os.path.basename(sys.argv[0])}: error: {message}", to="stderr")
-    sys.exit(code)
+        if int(os.environ.get("RANK", 0)) == 0 or not everywhere:
+            console.say(f"{os.path.basename(sys.argv[0])}: error: {message}", to="stderr")
+        sys.exit(code)
 
 
 def check_torchvision():

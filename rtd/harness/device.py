@@ -12,34 +12,35 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def pick_device(name, deterministic=False, launched=False, local_rank=0):
+def pick_device(name, deterministic=False, local_rank=None):
     """The torch.device for ``--device``; auto takes CUDA, then MPS, then the CPU.
 
     deterministic: torch may use only algorithms that give the same bits each time, in the whole
-    process; on CPUs all that are used here do anyway. launched: whether torchrun started this
-    process, which then takes the GPU number ``local_rank``. Raises InputError for a device that
-    cannot be used.
+    process; on CPUs all that are used here do anyway. local_rank: the number of this process on its
+    machine, and of the GPU that it takes, if torchrun started it. Raises InputError for a device
+    that cannot be used.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # none is read
-    mps = torch.backends.mps.is_available() and not launched  # gloo, torchrun's way, has no MPS
+    alone = local_rank is None
+    mps = torch.backends.mps.is_available() and alone  # gloo, torchrun's way, has no MPS
     available = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
     if name == "auto":
         name = available[0]
     if name not in available:
-        place = "under torchrun" if launched and name == "mps" else "here"
+        place = "here" if alone else "under torchrun"
         raise InputError(f"--device {name}: none {place}; available: {', '.join(available)}")
     _allow_tf32(False)  # torch's default has it on for convolutions and off for matrix products
     # Sums of rounded partial sums of bfloat16 products would not resolve a KL of 1e-5.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.benchmark = not deterministic  # the fastest convolution of each shape
-    if name == "cuda" and launched:
-        if local_rank >= (gpus := torch.cuda.device_count()):
+    if name == "cuda" and not alone:
+        if int(local_rank) >= (gpus := torch.cuda.device_count()):
             raise InputError(f"torchrun: --nproc-per-node must be at most {gpus}, the GPUs here")
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        name = f"cuda:{local_rank}"
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
