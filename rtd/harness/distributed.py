@@ -93,10 +93,8 @@ class World:
         if self.size == 1:
             return function(rows)
         count = -(-len(rows) // self.size)
-        mine = rows[self.rank * count :][:count]
-        if len(mine) < count:  # the last shares are filled up, as all must have one size
-            mine = torch.cat([mine, rows[: count - len(mine)]])
-        part = function(mine)
+        mine = torch.arange(self.rank * count, (self.rank + 1) * count)
+        part = function(rows[mine % len(rows)])  # the last begin again, as all must have one size
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part)
         return torch.cat(parts)[: len(rows)]
