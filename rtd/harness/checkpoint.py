@@ -106,21 +106,19 @@ def load_starts(args, data):
     --encoder None is the checkpoints' own, or resnet18 without any. All are of one architecture.
     Random encoders are normalised for ``data``, others as they were.
     """
-    random = [spec for spec in args.init if re.fullmatch(r"random(:\d+)?", spec)]
-    draws = {spec: int(spec.partition(":")[2] or 0) for spec in random}
-    if len(set(draws.values())) < len(draws):
-        raise InputError(f"--init {' '.join(draws)}: give each draw once; random is random:0")
+    random = [spec for spec in args.init if re.fullmatch(r"random(:[1-9]\d*)?", spec)]
     others = ", or random, random:1 ..."
-    loaded = {spec: load_spec("--init", spec, others) for spec in args.init if spec not in draws}
+    loaded = {spec: load_spec("--init", spec, others) for spec in args.init if spec not in random}
     default = {"encoder": "resnet18", "norm": None}
     first = next((contents["model"] for contents, _ in loaded.values()), default)
     wanted = {"encoder": args.encoder or first["encoder"], "norm": first["norm"]}
     wanted["image_size"] = args.image_size
     starts = []
     for i, spec in enumerate(args.init):
-        if spec in draws:
+        if spec in random:
             encoder = materialize(build_encoder(**wanted))
-            init_encoder_(encoder, random_stream(args.seed, "encoder-init", draws[spec]))
+            draw = spec.partition(":")[2] or 0
+            init_encoder_(encoder, random_stream(args.seed, "encoder-init", draw))
             which, source = spec, source_of(data)
         else:
             contents, which = loaded[spec]
