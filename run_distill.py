@@ -29,7 +29,6 @@ from rtd.harness.checkpoint import read_teacher, source_of
 from rtd.harness.cli import non_negative_float, non_negative_int, positive_float, positive_int
 from rtd.harness.console import progress
 from rtd.harness.datasets import DATASETS, LABELLED, fingerprints
-from rtd.harness.device import describe
 from rtd.harness.probing import judge
 from rtd.harness.run import Run
 from rtd.harness.signals import deferred
@@ -150,7 +149,7 @@ def distill(args, device, world):
         run.say("all epochs are done")
         return world.in_main(record.report)
     size = f"{parameter_count(student) / 1e6:.1f}M parameters"
-    run.say(f"{title(args)}; {size}; {describe(device, args.precision)}")
+    run.say(f"{title(args)}; {size}; {run.config['device']}")
     same, data = probed.train is data.train, data.to(device)
     probed = data if same else probed.to(device)  # not twice in a GPU's memory
 

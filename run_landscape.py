@@ -21,7 +21,6 @@ from rtd.harness import cli, files, probing
 from rtd.harness.checkpoint import check_model, load_network, load_spec, path_of
 from rtd.harness.console import progress
 from rtd.harness.datasets import LABELLED, fingerprints
-from rtd.harness.device import describe
 from rtd.harness.run import Run, check_output
 from rtd.interpolation import PLANES, Plane
 from rtd.landscape import MEASURES, Landscape, asymmetry, norms
@@ -97,7 +96,7 @@ def main(args, device, world):
     except ValueError as error:
         raise InputError(f"--origin, --x-axis, --y-axis: {error}") from error
     run = Run(args, device, world, PRODUCTS, (), fingerprints(data), specs.values())
-    run.say(f"{data}; {describe(device, args.precision)}")
+    run.say(f"{data}; {run.config['device']}")
     cli.note_steps(args, data, world, PROBE_BATCH)
     data, grid, done = data.to(device), make_grid(args, plane), load_points(run)
     landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)

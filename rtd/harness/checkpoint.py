@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from rtd.errors import InputError
 from rtd.harness import files
-from rtd.harness.device import describe
 from rtd.init import init_encoder_, random_stream
 from rtd.models import build_encoder, build_network, materialize
 
@@ -131,7 +130,7 @@ def load_starts(args, data):
 def say_starts(run, starts, data):
     """Say what is trained from where; returns a picture's title."""
     encoder = starts[0].architecture["encoder"]
-    run.say(f"{encoder} on {data}; {describe(run.device, run.args.precision)}")
+    run.say(f"{encoder} on {data}; {run.config['device']}")
     for start in starts:
         run.say(f"{start.name}: {start.spec}")
     return f"{encoder} on {data.name}, seed {run.args.seed}"
