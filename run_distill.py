@@ -25,14 +25,13 @@ from pathlib import Path
 from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, distance, teacher_answers
 from rtd.errors import InputError
 from rtd.harness import cli, sweeps
-from rtd.harness.checkpoint import read_teacher, source_of
+from rtd.harness.checkpoint import read_teacher
 from rtd.harness.cli import non_negative_float, non_negative_int, positive_float, positive_int
 from rtd.harness.console import progress
 from rtd.harness.datasets import DATASETS, LABELLED, fingerprints
-from rtd.harness.probing import judge
 from rtd.harness.run import Run
 from rtd.harness.signals import deferred
-from rtd.harness.training import Training
+from rtd.harness.training import Training, judge
 from rtd.head import PAPER_SLOTS
 from rtd.init import init_student_, random_stream
 from rtd.last_layer import LOSSES, LastLayerLoss
@@ -128,7 +127,7 @@ def distill(args, device, world):
         state, source = read_teacher(args.teacher, model)
         teacher.load_state_dict(state, strict=False)  # a classifier has an fc, and no head
         data = data.with_normalization(source)
-    probed = probed.with_normalization(source_of(data))
+    probed = probed.with_normalization(data.source)
     student = random_network(random_stream(args.seed, "student-init"), **model)
     init_student_(student, teacher, args.alpha)
     student_init = copy.deepcopy(student.state_dict())
@@ -138,7 +137,7 @@ def distill(args, device, world):
     run = Run(args, device, world, PRODUCTS, ["epochs"], reads, [args.teacher])
     run.args = args = count_epochs(args, len(data.train))  # only now: Run compares flags as given
     teacher.to(device), student.to(device)
-    about = {"model": model, "data": source_of(data), "student_init": student_init}
+    about = {"model": model, "data": data.source, "student_init": student_init}
     about |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
     saved = run.load("checkpoint.pt", "log.csv", "checkpoint")
     if saved:

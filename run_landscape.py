@@ -17,11 +17,12 @@ import numpy as np
 
 from rtd import plots
 from rtd.errors import InputError
-from rtd.harness import cli, files, probing
+from rtd.harness import cli, files
 from rtd.harness.checkpoint import check_model, load_network, load_spec, path_of
 from rtd.harness.console import progress
 from rtd.harness.datasets import LABELLED, fingerprints
 from rtd.harness.run import Run, check_output
+from rtd.harness.training import probe_options
 from rtd.interpolation import PLANES, Plane
 from rtd.landscape import MEASURES, Landscape, asymmetry, norms
 from rtd.probes import PROBES
@@ -111,7 +112,7 @@ def main(args, device, world):
             plane.write_(network, x, y)
             if args.bn_statistics == "recompute":
                 landscape.recompute_batch_norm_(network)
-            found = landscape.evaluate(network, **probing.options(args), batch_size=PROBE_BATCH)
+            found = landscape.evaluate(network, **probe_options(args), batch_size=PROBE_BATCH)
             row = {"i": i, "j": j, "x": x, "y": y} | found | norms(network)
             rows.append(dict.fromkeys(COLUMNS) | row)
             run.save(name, {"rows": rows})

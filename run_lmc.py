@@ -24,10 +24,10 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 from rtd import plots
-from rtd.data import normalize, take
+from rtd.data import take
 from rtd.errors import InputError
 from rtd.harness import cli
-from rtd.harness.checkpoint import SUPERVISED, load_starts, say_starts, source_of
+from rtd.harness.checkpoint import SUPERVISED, load_starts, say_starts
 from rtd.harness.console import progress
 from rtd.harness.datasets import fingerprints
 from rtd.harness.run import Run
@@ -106,7 +106,7 @@ def train(start, number, data, run):
     stream, title = (run.args.seed, number), f"{start.kind}, run {number}"
     training = SupervisedTraining(start, data, stream, run, title)
     name = f"runs/{start.name}-run{number}.pt"
-    contents = {"model": start.architecture, "data": source_of(training.data), "config": run.config}
+    contents = {"model": start.architecture, "data": training.data.source, "config": run.config}
 
     def save():
         run.save(name, contents | {"training": training.state()}, SUPERVISED)
@@ -140,7 +140,7 @@ def walk(start, a, b, data, run):
     for bn, gamma in progress(points, f"{start.kind}, line {a}-{b}", "points"):
         network.load_state_dict(interpolate(*states, gamma))
         if bn == "recompute":
-            batches = (normalize(x, data.mean, data.std) for x in images.split(args.batch_size))
+            batches = (data.normalize(x) for x in images.split(args.batch_size))
             with autocast(run.device, args.precision):
                 update_bn(batches, network)
         row = dict(zip(COLUMNS, (start.spec, a, b, gamma, bn), strict=False))

@@ -16,9 +16,9 @@ from pathlib import Path
 from rtd.errors import InputError
 from rtd.harness import cli, files
 from rtd.harness.checkpoint import ROLES, check_model, load_checkpoint, load_network
-from rtd.harness.probing import judge
 from rtd.harness.run import check_output, lock
 from rtd.harness.sweeps import plus_minus
+from rtd.harness.training import judge
 from rtd.probes import PROBES
 
 PROBED = (*ROLES, "input")

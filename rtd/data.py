@@ -45,9 +45,18 @@ class Dataset:
     def to(self, device):
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
+    @property
+    def source(self):
+        """What a checkpoint says of the data set that its networks were trained on."""
+        return {"name": self.name, "mean": list(self.mean), "std": list(self.std)}
+
     def with_normalization(self, source):
-        """The same images, to be normalised with "mean" and "std" of a checkpoint's "data"."""
+        """The same images, to be normalised as those of another one's ``source``."""
         return replace(self, mean=tuple(source["mean"]), std=tuple(source["std"]))
+
+    def normalize(self, images):
+        """``normalize`` with this data set's mean and std."""
+        return normalize(images, self.mean, self.std)
 
 
 def normalize(images, mean, std):

@@ -121,7 +121,7 @@ class Distiller(nn.Module):
     def forward(self, index, observe=False, precision="fp32"):
         """(B,) positions of training images -> ``LastLayerLoss``; ``observe`` adds diagnostics."""
         train = self.data.train
-        images = normalize(train.images[index], self.data.mean, self.data.std)
+        images = self.data.normalize(train.images[index])
         with autocast(images.device, precision):
             z = self._bottleneck(images) / self.temperature  # (B, K)
         last = self.student.head.l2_bottleneck

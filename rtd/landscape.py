@@ -19,7 +19,6 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 from rtd import losses
-from rtd.data import normalize
 from rtd.last_layer import blocks, output_log_mean_exp
 from rtd.models import autocast
 from rtd.probes import probe
@@ -91,7 +90,7 @@ class Landscape:
         """
         self.data, self.encoder_only, self.precision = data, encoder_only, precision
         splits = {"train": data.train.images, "test": data.test.images}
-        self.images = {name: normalize(x, data.mean, data.std) for name, x in splits.items()}
+        self.images = {name: data.normalize(x) for name, x in splits.items()}
         self.batch_size, self.sides = batch_size, []  # of each batch, what is kept of the teacher
         for _, _, outputs in self._outputs(teacher):
             self.sides.append(outputs if encoder_only else (*outputs, *teacher_side(*outputs)))

@@ -44,11 +44,6 @@ def extract_features(encoder, images, mean, std, batch_size=256, precision="fp32
     return features
 
 
-def flat_pixels(images, mean, std):
-    """(N, 3, H, W) uint8 -> (N, 3 H W) float32 normalised pixels: the input baseline's features."""
-    return normalize(images, mean, std).flatten(1)
-
-
 def linear_probe(
     train_x, train_y, test_x, test_y, num_classes, generator, epochs=10, batch_size=256
 ):

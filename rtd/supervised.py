@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtd.data import normalize
 from rtd.init import init_linear_, random_stream
 from rtd.models import autocast, build_encoder, materialize
 
@@ -98,5 +97,5 @@ class SupervisedLoss(nn.Module):
         data = self.data
         images = augment(data.train.images[index], self.draws[index])
         with autocast(images.device, precision):
-            logits = self.classifier(normalize(images, data.mean, data.std))
+            logits = self.classifier(data.normalize(images))
         return (F.cross_entropy(logits, data.train.labels[index]),)

@@ -38,11 +38,6 @@ def load_network(checkpoint, which="student", device="cpu"):
     return network.to(device).eval()
 
 
-def source_of(data):
-    """What a checkpoint says of the ``Dataset`` that its networks were trained on."""
-    return {"name": data.name, "mean": list(data.mean), "std": list(data.std)}
-
-
 def path_of(spec):
     """The path in PATH:NETWORK."""
     return spec.rpartition(":")[0]
@@ -118,7 +113,7 @@ def load_starts(args, data):
             encoder = materialize(build_encoder(**wanted))
             draw = spec.partition(":")[2] or 0
             init_encoder_(encoder, random_stream(args.seed, "encoder-init", draw))
-            which, source = spec, source_of(data)
+            which, source = spec, data.source
         else:
             contents, which = loaded[spec]
             check_model(f"--init {spec}", contents["model"], wanted)

@@ -1,8 +1,12 @@
-"""One loop for distillation and supervised training, which can stop and go on at any step."""
+"""One loop for distillation and supervised training, which can stop and go on at any step.
+
+All processes extract features for the probes together, and the main one judges them.
+"""
 
 import contextlib
 import copy
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,7 @@ from rtd.harness.console import progress
 from rtd.harness.device import tf32
 from rtd.harness.signals import Stopped, deferred
 from rtd.init import random_stream
-from rtd.probes import extract_features
+from rtd.probes import extract_features, probe
 from rtd.supervised import SupervisedLoss, build_classifier, learning_rate, sgd
 
 
@@ -154,6 +158,27 @@ class Training:
         # the optimizer keeps, and changes, the tensors that it is given
         optimizer = self.optimizer.state_dict() | {"state": copy.deepcopy(state["optimizer"])}
         self.optimizer.load_state_dict(optimizer)
+
+
+def probe_options(args):
+    """The arguments of ``rtd.probes.probe`` that the flags decide."""
+    return {"probes": args.probe, "k": args.k, "epochs": args.probe_epochs, "seed": args.seed}
+
+
+def judge(encoder, data, args, world):
+    """``rtd.probes.probe`` of an encoder's features, or of the pixels (None); {} outside main.
+
+    All processes extract the features together.
+    """
+    splits = data.train.images, data.test.images
+    if encoder:
+        shown = partial(progress, description="features", unit="batches")
+        options = {"mean": data.mean, "std": data.std, "precision": args.precision}
+        embed = partial(extract_features, encoder, **options, progress=shown)
+        features = [world.map_rows(embed, images) for images in splits]
+    elif world.is_main:
+        features = [data.normalize(images).flatten(1) for images in splits]
+    return probe(*features, data, **probe_options(args)) if world.is_main else {}
 
 
 def evaluate(classifier, split, data, precision, world):
