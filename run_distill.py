@@ -133,7 +133,7 @@ def distill(args, device, world):
     student_init = copy.deepcopy(student.state_dict())
 
     # The run folder refuses, begins, or is continued from where its checkpoint stands.
-    reads = fingerprints(data) | {f"{k} of the probes": v for k, v in fingerprints(probed).items()}
+    reads = fingerprints(data) | fingerprints(probed, " of the probes")
     run = Run(args, device, world, PRODUCTS, ["epochs"], reads, [args.teacher])
     run.args = args = count_epochs(args, len(data.train))  # only now: Run compares flags as given
     teacher.to(device), student.to(device)
@@ -149,8 +149,7 @@ def distill(args, device, world):
         return world.in_main(record.report)
     size = f"{parameter_count(student) / 1e6:.1f}M parameters"
     run.say(f"{title(args)}; {size}; {run.config['device']}")
-    same, data = probed.train is data.train, data.to(device)
-    probed = data if same else probed.to(device)  # not twice in a GPU's memory
+    data, probed = data.to(device), probed.to(device)
 
     options = args.loss, args.student_temperature, args.beta, args.compile
     distiller = Distiller(student, make_target(teacher, data, run), data, *options)
@@ -226,9 +225,9 @@ class Record:
     def add(self, row):
         """Log the row of an epoch; keep the best student; save where it is due."""
         epoch, epochs, training = len(self.rows), self.args.epochs, self.training
-        once = ("input",) if self.args.ema else ("input", "teacher")  # probed before training
-        same = [f"{name}_{probe}" for name in once for probe in self.args.probe if epoch]
-        row = dict.fromkeys(COLUMNS) | {column: self.rows[0][column] for column in same} | row
+        once = "input" if self.args.ema else ("input", "teacher")  # probed before training
+        first = self.rows[0] if epoch else {}
+        row = {c: first.get(c) if c.startswith(once) else None for c in COLUMNS} | row
         row |= {"epoch": epoch, "step": training.step, "seconds": time.perf_counter() - self.began}
         row["images_per_second"] = training.images_per_second
         self.rows.append(row)

@@ -88,11 +88,10 @@ def main(args, device, world):
     chains = [Chain(*pair) for pair in itertools.product(starts, args.rewind_epoch)]
     controls = [chain._replace(control="shuffle") for chain in chains]
     tables = [f"{chain.file}.csv" for chain in chains + controls]
-    groups = [chains, controls] if args.control == "shuffle" else [chains]
-    units = list(zip(*groups, strict=True))  # what one process does one after the other
+    units = list(zip(chains, controls, strict=True))  # one process does one after the other
 
     def do(unit, run):
-        for chain in unit:
+        for chain in unit if args.control == "shuffle" else unit[:1]:
             for _ in run_chain(chain, data, run):  # after each round
                 run.concatenate("imp.csv", COLUMNS, tables)
 

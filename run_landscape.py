@@ -189,10 +189,8 @@ def panel(folder):
     tables = []
     for name, columns in {"landscape.csv": COLUMNS, "points.csv": POINTS}.items():
         rows = files.read_csv(folder / name, columns)
-        with files.reading(folder / name, "of a landscape"):
-            numbers = np.array([[row[c] for c in columns if c != "name"] for row in rows], float)
-            if not (rows and np.isfinite(numbers[:, :4]).all()):
-                raise ValueError("a place is missing or infinite")
+        with files.reading(folder / name, "of a landscape"):  # all cells but names are numbers
+            np.array([[row[c] for c in columns if c != "name"] for row in rows], float)
         tables.append(rows)
     with files.reading(folder / "config.json", "of a landscape"):
         flags = files.read_json(folder / "config.json")["flags"]

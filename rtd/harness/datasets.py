@@ -88,14 +88,20 @@ def load_dataset(
     return data
 
 
-def fingerprints(data):
-    """{"the training images", "the test images": SHA-256 of all labels and some 1,000 images}."""
+def fingerprints(data, of=""):
+    """{"the training images", "the test images": SHA-256 of all labels and some 1,000 images}.
+
+    of: words to add to the names.
+    """
 
     def digest(split):
         some = split.images[:: max(1, len(split) // 1000)].contiguous()
         return hashlib.sha256(b"".join([split.labels.numpy(), some.numpy()])).hexdigest()
 
-    return {"the training images": digest(data.train), "the test images": digest(data.test)}
+    return {
+        f"the training images{of}": digest(data.train),
+        f"the test images{of}": digest(data.test),
+    }
 
 
 def load_digits(size):
