@@ -4,7 +4,6 @@ Colours are Okabe and Ito's, viridis and cividis, which colour-blind readers tel
 error bars are one sample standard deviation. matplotlib is optional, so functions import it.
 """
 
-import contextlib
 import itertools
 import re
 
@@ -36,19 +35,16 @@ LABELS = {"kl": "KL(teacher || student), nats", "distance": "distance from the s
 KL = {"kl": "distillation loss"}
 
 
-@contextlib.contextmanager
-def _style():
-    """matplotlib's settings outside have no effect inside, and are left as they are."""
+def draw(make, arguments, file, format="png"):
+    """Write the figure make(*arguments) into ``file``, a path or binary file.
+
+    The same data give the same bytes, whatever matplotlib's settings are, which stay.
+    """
     from matplotlib import style
 
     with style.context(["default", STYLE]):
-        yield
-
-
-@_style()
-def save(figure, file, format="png"):
-    """Write ``figure`` into ``file``, a path or binary file; the same data give the same bytes."""
-    figure.savefig(file, format=format, metadata=dict.fromkeys(FORMATS[format].split()))
+        metadata = dict.fromkeys(FORMATS[format].split())
+        make(*arguments).savefig(file, format=format, metadata=metadata)
 
 
 def _figure(columns, title, width=3.6, **options):
@@ -138,7 +134,6 @@ def _probed(logs, first=0):
     return [p for p in PROBE_TITLES if all(_history([log], f"student_{p}", first) for log in logs)]
 
 
-@_style()
 def curves(logs, title=""):
     """Fig. 1: both probes of student, teacher and input, and the KL, against the epoch.
 
@@ -210,7 +205,6 @@ def _sweep(names, groups, title, times, ends, parts):
     return figure
 
 
-@_style()
 def sweep(names, groups, title=""):
     """Figs. 3, 4, 10, 11, 12, Table 5: the student over time, and both probes' final values.
 
@@ -222,7 +216,6 @@ def sweep(names, groups, title=""):
     return _sweep(names, groups, title, times, ends, FEATURES)
 
 
-@_style()
 def dynamics(names, groups, title=""):
     """Fig. 17: KL and distance from the start over time, the distances of both parts in the end."""
     _probed(sum(groups.values(), []))
@@ -237,7 +230,6 @@ def _with_kind(rows):
     return [row | {"kind": re.sub(r".*:(?=\D)|:\d+$", "", row["init"])} for row in rows]
 
 
-@_style()
 def imp(rows, title=""):
     """Fig. 8: test accuracy against the weights that remain, for each kind of start and rewind.
 
@@ -266,7 +258,6 @@ def imp(rows, title=""):
     return figure
 
 
-@_style()
 def lmc(rows, title=""):
     """Fig. 9: test error on the line between two runs, a panel for each kind of start.
 
@@ -331,7 +322,6 @@ def _cut(axis, xs, ys, grid, networks, label):
         _log_scale(axis)
 
 
-@_style()
 def landscapes(panels):
     """Figs. 5, 13 to 16: train KL (log colours) and both probes, a row for each landscape.
 

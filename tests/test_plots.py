@@ -162,7 +162,7 @@ def test_same_data_give_same_bytes_nothing_global_changes_and_no_rows_are_refuse
     arguments, nothing = FIGURES[draw]
     for form in plots.FORMATS if draw == "imp" else ["png"]:
         for file in (files := [io.BytesIO(), io.BytesIO()]):
-            plots.save(make(*arguments), file, form)
+            plots.draw(make, arguments, file, form)
         assert files[0].getvalue() == files[1].getvalue()
     assert dict(matplotlib.rcParams) == before and before["svg.hashsalt"] is None
     with pytest.raises(InputError, match="no picture is drawn: "):
@@ -174,6 +174,6 @@ def test_importing_waits_for_no_library_and_pyplot_is_not_needed():
         import io, sys; from rtd import plots; import rtd.harness.datasets
         assert not {"matplotlib", "torchvision", "PIL", "sklearn"} & {*sys.modules}
         row = dict(init="a:student", sparsity=0, rewind_epoch=0, test_accuracy=1)
-        plots.save(plots.imp([row]), io.BytesIO())
+        plots.draw(plots.imp, [[row]], io.BytesIO())
         assert "matplotlib.pyplot" not in sys.modules """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -220,9 +220,8 @@ class Run:
 def draw(path, say, make, *arguments):
     """Draw the figure ``make(*arguments)`` into a file; what fails there costs no result."""
     try:
-        figure = make(*arguments)
         with files.atomic_write(path) as file:
-            plots.save(figure, file, path.suffix[1:])
+            plots.draw(make, arguments, file, path.suffix[1:])
         say(f"picture: {path}")
     except Exception as error:  # matplotlib may fail in any way; all numbers are written already
         install = "if matplotlib is missing, pip install -e '.[full]'; then --resume draws it"
