@@ -167,8 +167,7 @@ def distill(args, device, world):
     for epoch in range(len(record.rows), args.epochs + 1):
         with training.saving(record.save):
             means = training.run_epoch(epoch) if epoch else training.start()
-            row = dict(zip(LastLayerLoss._fields, means, strict=True))
-            row |= distance(student, student_init)
+            row = LastLayerLoss(*means)._asdict() | distance(student, student_init)
             if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
                 for name in moving if epoch else encoders:
                     found = judge(encoders[name], probed, args, world)
