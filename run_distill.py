@@ -149,7 +149,8 @@ def distill(args, device, world):
         return world.in_main(record.report)
     size = f"{parameter_count(student) / 1e6:.1f}M parameters"
     run.say(f"{title(args)}; {size}; {run.config['device']}")
-    data, probed = data.to(device), probed.to(device)
+    same, data = probed.train is data.train, data.to(device)
+    probed = data if same else probed.to(device)  # not twice in a GPU's memory
 
     options = args.loss, args.student_temperature, args.beta, args.compile
     distiller = Distiller(student, make_target(teacher, data, run), data, *options)

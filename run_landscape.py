@@ -189,8 +189,10 @@ def panel(folder):
     tables = []
     for name, columns in {"landscape.csv": COLUMNS, "points.csv": POINTS}.items():
         rows = files.read_csv(folder / name, columns)
-        with files.reading(folder / name, "of a landscape"):  # all cells but names are numbers
-            np.array([[row[c] for c in columns if c != "name"] for row in rows], float)
+        with files.reading(folder / name, "of a landscape"):
+            numbers = np.array([[row[c] for c in columns if c != "name"] for row in rows], float)
+            if not (rows and np.isfinite(numbers[:, :4]).all()):
+                raise ValueError("a place is missing or infinite")
         tables.append(rows)
     with files.reading(folder / "config.json", "of a landscape"):
         flags = files.read_json(folder / "config.json")["flags"]
@@ -210,9 +212,9 @@ def draw_only(args, world):
     check_output(args)
     if args.out.suffix[1:] not in plots.FORMATS:
         raise InputError(f"--out {args.out}: give a file that ends in .{', .'.join(plots.FORMATS)}")
-    figure = plots.landscapes([panel(folder) for folder in args.plot_only])
+    panels = [panel(folder) for folder in args.plot_only]
     with files.atomic_write(args.out) as file:
-        plots.save(figure, file, args.out.suffix[1:])
+        plots.draw(plots.landscapes, [panels], file, args.out.suffix[1:])
     world.say(f"picture: {args.out}")
 
 
