@@ -264,7 +264,7 @@ def bench_imp(args, device):
             masks = pruning.prune_smallest(masks, weights, pruning.remaining(masks) // 2)
             loss.after_step = partial(pruning.apply_masks_, weights, masks)
         training = Training(loss, sgd(classifier, flags.lr), (0,), run, name)
-        rows[name] = lambda to=training: to.run_epoch(to.epoch + 1, None)
+        rows[name] = lambda to=training: to.run_epoch(to.epoch + 1)
     seconds = medians(rows, args.rounds, device)
     print_ratios({k: s / (1 if k == BARE else batches) for k, s in seconds.items()}, "step", "bare")
 
