@@ -269,14 +269,15 @@ def lmc(rows, title=""):
     treatments = sorted({row["bn"] for row in rows}, reverse=True)  # recompute before interpolate
     figure, axes = _figure(len(shown), title, sharey=True)
     axes[0].set_ylabel("test error (%)")
+    several = len({(row["init"], row["i"], row["j"]) for row in rows}) > len(shown)
     looks = {}
-    for pair in (), ("init", "i", "j"):  # the mean, then each pair
+    for pair in [(), ("init", "i", "j")][: 1 + several]:
         lines = _samples(rows, "gamma", "test_error", "bn", "kind", *pair)
         for (bn, kind, *_), line in lines.items():
             look = {"linestyle": LOOKS[treatments.index(bn)]["linestyle"]}
             look["linewidth"] = 0.6 if pair else 2.2
-            label = f"mean of {n} pairs" if (n := len(line[0])) > 1 else "one pair"
-            looks.setdefault(f"{label},\nbatch norm: {bn}", look | {"color": GREY})
+            label = "one pair" if pair or not several else f"mean of {len(line[0])} pairs"
+            looks[f"{label},\nbatch norm: {bn}"] = look | {"color": GREY}
             mean = {gamma: [np.mean(errors)] for gamma, errors in line.items()}
             axis = axes[shown.index(kind)]
             _line(axis, mean, color=KINDS[kind], **look)
