@@ -251,6 +251,8 @@ class Record:
 
     def save(self):
         """best.pt, if there is a better one, and checkpoint.pt, also in the middle of an epoch."""
+        if not self.rows:  # epoch 0 is not over
+            return
         if self.best_contents:
             self.run.save("best.pt", self.best_contents, "checkpoint")
             self.best_contents = None

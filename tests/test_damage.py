@@ -417,6 +417,7 @@ STEPS = [("distill", signal.SIGTERM, 2), ("distill", signal.SIGTERM, 3)]
 STEPS += [("distill", signal.SIGINT, 7), ("imp", signal.SIGTERM, 14), ("lmc", signal.SIGINT, 5)]
 # in the linear probe of epoch 1, after thirty steps of the first probes; in a test
 STEPS += [("distill", signal.SIGTERM, -31), ("lmc", signal.SIGTERM, -4)]
+STEPS += [("distill", signal.SIGTERM, -5)]  # in the first probe of all
 
 
 @pytest.mark.parametrize(("name", "number", "step"), STEPS)
