@@ -348,7 +348,7 @@ def landscapes(panels):
         networks = {}
         for row in panel["points"]:
             if xs[0] <= row["x"] <= xs[-1] and ys[0] <= row["y"] <= ys[-1]:
-                name = row["name"].replace("theta", r"\theta").replace("*", "^*")
+                name = str(row["name"]).replace("theta", r"\theta").replace("*", "^*")
                 networks[row["x"], row["y"]] = f"${name}$"
         for axis, name, grid in zip(axes, shown, grids, strict=False):
             label = labels[name] or f"{panel['loss']}, nats"

@@ -92,7 +92,7 @@ class Run:
             with files.reading(config, "of a run"):
                 session = {key: before[key] for key in ("command", "commit", "started")}
                 self.config["earlier"] = [*before.get("earlier", []), session]
-                self._changed = any(before["flags"][name] != flags[name] for name in may_change)
+                self._changed = any(before["flags"].get(name) != flags[name] for name in may_change)
         old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
         old = [path for path in old if not path.is_dir()]
         if lost := {path.resolve() for path in old} & {Path(path).resolve() for path in read}:
