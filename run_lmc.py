@@ -75,8 +75,7 @@ def parse_args(argv=None):
 def main(args, device, world):
     data = cli.load_data(args, world)
     if (args.line_subset or 0) > len(data.train):
-        n = len(data.train)
-        raise InputError(f"--line-subset {args.line_subset}: there are {n} training images")
+        raise InputError(f"--line-subset {args.line_subset}: there are {data}")
     starts = load_starts(args, data)
     run = Run(args, device, world, PRODUCTS, (*LINES, "runs"), fingerprints(data), args.init)
     title = say_starts(run, starts, data)

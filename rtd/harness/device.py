@@ -30,8 +30,8 @@ def pick_device(name, deterministic=False, local_rank=None):
     if name == "auto":
         name = available[0]
     if name not in available:
-        place = "here" if alone else "under torchrun"
-        raise InputError(f"--device {name}: none {place}; available: {', '.join(available)}")
+        torchrun = "" if alone else " under torchrun"
+        raise InputError(f"--device {name}: none here{torchrun}; available: {', '.join(available)}")
     _allow_tf32(False)  # torch's default has it on for convolutions and off for matrix products
     # Sums of rounded partial sums of bfloat16 products would not resolve a KL of 1e-5.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

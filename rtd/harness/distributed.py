@@ -19,9 +19,8 @@ def process_group(device):
     if "LOCAL_RANK" not in os.environ:  # which torchrun sets
         yield World()
         return
-    cuda = device.type == "cuda"
     patience = datetime.timedelta(days=30)  # waiting for the main process to probe is normal
-    backend, device_id = ("nccl", device) if cuda else ("gloo", None)
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=patience, device_id=device_id)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
