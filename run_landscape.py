@@ -174,10 +174,10 @@ def make_grid(args, plane):
 def report(run, rows, plane, names):
     """Write the tables, draw, and say how asymmetric the valley around the teacher is."""
     run.table("landscape.csv", COLUMNS, rows)
-    corners = plane.corners()
-    points = [{"name": n, "x": x, "y": y} for n, (x, y) in zip(names, corners, strict=True)]
+    points = zip(names, plane.corners(), strict=True)
+    points = [{"name": name, "x": x, "y": y} for name, (x, y) in points]
     run.table("points.csv", POINTS, points)
-    valley = asymmetry(rows, corners[0])[:3] if names[0] == TEACHER else ()
+    valley = asymmetry(rows)[:3] if names[0] == TEACHER else ()
     for eps, minus, plus, ratio in valley:
         words = f"{minus:.3e} on the far side, {plus:.3e} towards {names[1]}, ratio {ratio:.2f}"
         run.say(f"train KL at {eps:g} from the teacher along x: {words}")

@@ -89,8 +89,8 @@ class Landscape:
         is 0. With bf16, a KL below about 1e-4 elsewhere is mostly rounding error.
         """
         self.data, self.encoder_only, self.precision = data, encoder_only, precision
-        splits = {"train": data.train.images, "test": data.test.images}
-        self.images = {name: data.normalize(x) for name, x in splits.items()}
+        train, test = (data.normalize(split.images) for split in (data.train, data.test))
+        self.images = {"train": train, "test": test}
         self.batch_size, self.sides = batch_size, []  # of each batch, what is kept of the teacher
         for _, _, outputs in self._outputs(teacher):
             self.sides.append(outputs if encoder_only else (*outputs, *teacher_side(*outputs)))
@@ -147,15 +147,14 @@ def norms(network):
     return {f"norm_{name}": square**0.5 for name, square in squares.items()}
 
 
-def asymmetry(rows, teacher=(0.0, 0.0)):
+def asymmetry(rows):
     """[(eps, KL at -eps, KL at +eps, their ratio)] along x around the teacher (Fig. 5's valley).
 
-    rows: of landscape.csv. teacher: its coordinates. The nearest come first. Only points with a
-    mirror image, to 6 digits, and a finite KL above 0 count.
+    rows: of landscape.csv, the teacher at (0, 0). The nearest come first. Only points with a mirror
+    image, to 6 digits, and a finite KL above 0 count.
     """
-    x0, y0 = teacher
-    near = 1e-7 * max((abs(row["x"] - x0) for row in rows), default=0)
-    on_axis = [row for row in rows if abs(row["y"] - y0) <= near]
-    kl = {float(f"{row['x'] - x0:.6g}"): row["train_kl"] for row in on_axis}
+    near = 1e-7 * max((abs(row["x"]) for row in rows), default=0)
+    on_axis = [row for row in rows if abs(row["y"]) <= near]
+    kl = {float(f"{row['x']:.6g}"): row["train_kl"] for row in on_axis}
     pairs = [(eps, kl[-eps], kl[eps]) for eps in sorted(kl) if eps > 0 and -eps in kl]
     return [(eps, a, b, a / b) for eps, a, b in pairs if a > 0 and b > 0]  # nan is not
