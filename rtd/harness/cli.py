@@ -205,26 +205,6 @@ def load_sources(args, world):
     return data, probed or data
 
 
-def _explain(error):
-    """(exit code, sentence) for what a flag or the machine brings about; (None, None) for a bug."""
-    text = files.one_line(error)
-    if isinstance(error, (InputError, Diverged)):
-        return 2 if isinstance(error, InputError) else 1, error
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in text
-        or re.search("DefaultCPUAll|Storage size", text)
-    ):
-        return 2, f"the memory does not hold it; give smaller sizes, batches or subsets ({text})"
-    if isinstance(error, ImportError):
-        return 2, f"{text}; pip install -e '.[full]' installs all that is optional"
-    if isinstance(error, OSError):
-        return 2, f"{error.filename or 'a file'}: {error.strerror or error}"
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return 2, f"--compile: torch.compile does not work here; leave it out ({text})"
-    return None, None
-
-
 def run(main, args):
     """Call main(args, device, world); what ends it early becomes a sentence and an exit code.
 
@@ -240,12 +220,22 @@ def run(main, args):
             with distributed.process_group(device) as world:
                 main(args, device, world)
     except BaseException as error:
-        code, message = _explain(error)
+        code, text = 2, files.one_line(error)
         if received:  # torch may turn what a signal raises into another error
             code, message = 128 + received[0], "stopped"
             if "resume" in args:
                 message += "; the same command with --resume goes on"
-        elif message is None:
+        elif isinstance(error, (InputError, Diverged)):
+            code, message = 1 if isinstance(error, Diverged) else 2, error
+        elif re.search("MemoryError|out of memory|DefaultCPUAll|Storage size", text):
+            message = f"the memory does not hold it; give smaller sizes, batches, subsets ({text})"
+        elif isinstance(error, ImportError):
+            message = f"{text}; pip install -e '.[full]' installs all that is optional"
+        elif isinstance(error, OSError):
+            message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            message = f"--compile: torch.compile does not work here; leave it out ({text})"
+        else:
             raise
         everywhere = getattr(error, "everywhere", world is None)
         if int(os.environ.get("RANK", 0)) == 0 or not everywhere:
