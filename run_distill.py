@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--encoder", ENCODERS, "vgg11", "* architecture; VGG11 ends higher, ResNet18 needs fewer epochs")
     add("--epochs", non_negative_int, 100, "passes over the images; the student gets worse first; 0 only probes the start")
     add("--out", Path, None, "folder of the run; runs/distill-<dataset>-<encoder> by default")
-    add = cli.add_file_flags(parser)
+    add = parser.add_file_flags()
     add("--probe-dataset", LABELLED, None, "data set of the probes; by default the one distilled on")
     add("--probe-subset", positive_int, None, "number of training images of --probe-dataset")
     add = parser.group("teacher and student")
@@ -81,14 +81,14 @@ def parse_args(argv=None):
     add("--bias-decay", non_negative_float, 0.0, "weight decay of biases and norms; the authors' code had 0.01")
     add("--fp32-steps", non_negative_int, 100, "first steps in fp32 whatever --precision is, since bf16 cannot resolve them")
     add("--compile", bool, False, "torch.compile the student; it pays off on GPUs, after a minute")
-    cli.add_probe_flags(parser)
-    cli.add_device_flags(parser)
-    cli.add_output_flags(parser)
+    parser.add_probe_flags()
+    parser.add_device_flags()
+    parser.add_output_flags()
     add = parser.group("log")
     add("--probe-every", positive_int, 1, "epochs between two probes; the first and the last epoch are always probed")
     add("--log-every", positive_int, 30, "steps between two at which KL and entropies are computed, at least 5 an epoch; the loss is the mean over all")
     # fmt: on
-    args = cli.parse(parser, argv, *sweeps.SWEPT)
+    args = parser.parse(argv, *sweeps.SWEPT)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"
     if args.no_weight_norm:
         if args.bottleneck not in ([PAPER_SLOTS], [NO_WEIGHT_NORM]):

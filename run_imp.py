@@ -41,17 +41,17 @@ def parse_args(argv=None):
     cli.add_init_flags(add)
     add("--rounds", cli.non_negative_int, 10, "rounds of pruning; with --prune-fraction 0.2, 10 leave a tenth of the weights, 20 a hundredth; --resume can add some")
     add("--out", Path, Path("runs/imp"), "folder of the run")
-    cli.add_file_flags(parser)
+    parser.add_file_flags()
     add = parser.group("pruning")
     add("--rewind-epoch", cli.non_negative_int, 0, "* epoch to whose weights a round rewinds, 0 is the start; the paper has 0, 1, 2, 5; each is a chain")
     add("--prune-fraction", cli.fraction, 0.2, "share of the remaining weights that a round prunes")
     add("--prune", pruning.PRUNE, "weights", "parameters that may be pruned: weights of convolutions and linear layers, or all, as the authors did; the smallest go first")
     add("--control", ("none", "shuffle"), "none", "further chains with each mask shuffled within its layers: if they do as well, the mask does not matter")
-    cli.add_training_flags(parser)
-    cli.add_device_flags(parser)
-    cli.add_output_flags(parser)
+    parser.add_training_flags()
+    parser.add_device_flags()
+    parser.add_output_flags()
     # fmt: on
-    args = cli.parse(parser, argv, "init", "rewind_epoch")
+    args = parser.parse(argv, "init", "rewind_epoch")
     if (last := max(args.rewind_epoch)) >= args.epochs:
         parser.error(f"--rewind-epoch {last}: give one before the end, --epochs {args.epochs}")
     return args

@@ -44,7 +44,7 @@ def parse_args(argv=None):
     cli.add_data_flags(add, default=None)
     add("--out", Path, None, "folder of the run, runs/landscape by default; with --plot-only the picture")
     add("--plot-only", Path, None, "folders of landscapes to draw, one below the other, into --out; nothing is computed", nargs="+")
-    cli.add_file_flags(parser)
+    parser.add_file_flags()
     add = parser.group("plane")
     add("--origin", str, None, "network at (0,0); by default the teacher of --x-axis")
     add("--plane", PLANES, "interpolation", "coordinates: interpolation has the three networks at (0,0), (1,0), (0,1), as in Fig. 5; "
@@ -55,11 +55,11 @@ def parse_args(argv=None):
     add("--bn-statistics", ("interpolate", "recompute"), "interpolate", "statistics of batch norm at each point")
     add("--batch-size", cli.positive_int, 256, "images per forward pass; it changes round-off, and what --bn-statistics recompute estimates")
     add("--seed", cli.non_negative_int, 0, "seed of the linear probes")
-    cli.add_probe_flags(parser)
-    cli.add_device_flags(parser)
-    cli.add_output_flags(parser, save_every=False)
+    parser.add_probe_flags()
+    parser.add_device_flags()
+    parser.add_output_flags(save_every=False)
     # fmt: on
-    args = cli.parse(parser, argv)
+    args = parser.parse(argv)
     args.out = args.out or Path("runs/landscape" + (".png" if args.plot_only else ""))
     for axis in "xy":
         if not args.plot_only and getattr(args, f"{axis}_axis") is None:

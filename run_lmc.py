@@ -52,7 +52,7 @@ def parse_args(argv=None):
     cli.add_init_flags(add)
     add("--runs", cli.positive_int, 5, "runs from each start; 5 make 10 pairs, 3 make 3; --resume can add some")
     add("--out", Path, Path("runs/lmc"), "folder of the run")
-    cli.add_file_flags(parser)
+    parser.add_file_flags()
     add = parser.group("lines")
     add("--points", cli.positive_int, 50, "points of a line, ends included; 11 show a barrier as well")
     add("--bn-statistics", ("recompute", "interpolate"), "recompute",
@@ -60,11 +60,11 @@ def parse_args(argv=None):
     add("--bn-batches", cli.positive_int, 20, "batches from which these statistics are estimated")
     add("--line-subset", cli.positive_int, None,
         "training images, class-balanced, for the training error on the line; 10,000 by default, or all of fewer")
-    cli.add_training_flags(parser)
-    cli.add_device_flags(parser)
-    cli.add_output_flags(parser)
+    parser.add_training_flags()
+    parser.add_device_flags()
+    parser.add_output_flags()
     # fmt: on
-    args = cli.parse(parser, argv, "init", "bn_statistics")
+    args = parser.parse(argv, "init", "bn_statistics")
     args.bn_statistics.sort(reverse=True)  # recompute first, in whatever order they are given
     for flag in "runs", "points":
         if getattr(args, flag) == 1:

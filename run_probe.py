@@ -33,14 +33,14 @@ def parse_args(argv=None):
     cli.add_data_flags(add)
     add("--out", Path, None, "CSV file; probe-<dataset>.csv beside the first checkpoint by default", metavar="FILE")
     add("--overwrite", bool, False, "replace the CSV file if there is one")
-    cli.add_file_flags(parser)
-    cli.add_probe_flags(parser)
+    parser.add_file_flags()
+    parser.add_probe_flags()
     add = parser.group("networks")
     add("--network", PROBED, list(PROBED), "networks to probe; input is the pixels", nargs="+")
     add("--seed", cli.non_negative_int, 0, "seed of the linear probes")
-    cli.add_device_flags(parser)
+    parser.add_device_flags()
     # fmt: on
-    args = cli.parse(parser, argv)
+    args = parser.parse(argv)
     if not args.probe:
         parser.error("--probe none leaves nothing to do")
     name = f"probe-{args.dataset}"

@@ -18,7 +18,7 @@ from rtd.probes import PROBES
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with docstring and defaults; a bad flag is one sentence, exit code 2."""
+    """argparse with docstring, defaults and shared flags; a bad one is one sentence, exit code 2."""
 
     def __init__(self, doc):
         raw = argparse.RawDescriptionHelpFormatter
@@ -57,6 +57,63 @@ class Parser(argparse.ArgumentParser):
 
         return add
 
+    # fmt: off
+    def add_file_flags(self):
+        """--test-subset, --image-size, --download; returns the group's add."""
+        add = self.group("data")
+        add("--test-subset", positive_int, None, "number of test images, class-balanced; all by default")
+        add("--image-size", image_side, 32, "side in pixels to which images are resized")
+        add("--download", bool, False, "fetch a published data set into --data-dir if it is not there")
+        return add
+
+    def add_training_flags(self):
+        """--encoder, --batch-size, --lr, --seed of supervised training."""
+        add = self.group("supervised training")
+        add("--encoder", ENCODERS, None, "encoder of random starts; the checkpoints' own by default, else resnet18")
+        add("--batch-size", positive_int, 256, "images per step; use smaller batches on small data sets")
+        add("--lr", positive_float, 0.1, "first learning rate of SGD; use 0.01 for VGG, which has no batch norm")
+        add("--seed", non_negative_int, 0, "seed of random encoders, fc, batch order and augmentation")
+
+    def add_probe_flags(self):
+        """--probe, --k, --probe-epochs."""
+        add = self.group("probes")
+        add("--probe", (*PROBES, "none"), list(PROBES), "classifiers that measure the features", nargs="+")
+        add("--k", positive_int, 20, "neighbours of the k-NN probe")
+        add("--probe-epochs", positive_int, 10, "epochs of the linear probe; raise it on small sets: below 500 steps it underfits")
+
+    def add_device_flags(self):
+        """--device, --precision, --deterministic."""
+        add = self.group("device")
+        add("--device", DEVICES, "auto", "processor; auto takes a GPU where there is one")
+        add("--precision", PRECISIONS, "fp32", "number format of convolutions and matrix products: bf16 is twice as fast on hardware "
+            "that has it and far slower elsewhere; tf32, on CUDA, rounds the factors in training steps to 10 bits")
+        add("--deterministic", bool, False, "same bits on every run on a GPU too; slower there")
+
+    def add_output_flags(self, save_every=True):
+        """--resume, --overwrite, --save-every, --no-plot, --plot-format."""
+        add = self.group("output")
+        add("--resume", bool, False, "continue the run in --out, or start it if there is none")
+        add("--overwrite", bool, False, "delete what an earlier run left in --out")
+        if save_every:
+            add("--save-every", positive_int, None, "epochs between two saves; by default saving takes a tenth of the time at most")
+        add("--no-plot", bool, False, "no picture")
+        add("--plot-format", FORMATS, ["png"], "formats of the picture", nargs="+")
+    # fmt: on
+
+    def parse(self, argv, *distinct):
+        """The flags, with --probe in a fixed order; ``distinct`` ones may not repeat a value."""
+        args = self.parse_args(argv)
+        if getattr(args, "resume", False) and args.overwrite:
+            self.error("--resume and --overwrite exclude each other")
+        for name in distinct:
+            if len(set(getattr(args, name))) < len(getattr(args, name)):
+                self.error(f"--{name.replace('_', '-')}: give each value once")
+        if "probe" in args:
+            if "none" in args.probe and len(args.probe) > 1:
+                self.error("--probe: none goes without other probes")
+            args.probe = [name for name in PROBES if name in args.probe]
+        return args
+
 
 def _number(kind, description, accept):
     def parse(text):
@@ -90,15 +147,6 @@ def add_data_flags(add, default="digits", datasets=LABELLED, star=""):
     add("--subset", positive_int, None, f"{star}number of training images, class-balanced; all by default")
 
 
-def add_file_flags(parser):
-    """--test-subset, --image-size, --download; returns the group's add."""
-    add = parser.group("data")
-    add("--test-subset", positive_int, None, "number of test images, class-balanced; all by default")
-    add("--image-size", image_side, 32, "side in pixels to which images are resized")
-    add("--download", bool, False, "fetch a published data set into --data-dir if it is not there")
-    return add
-
-
 def add_init_flags(add):
     """--init and --epochs of supervised training."""
     add("--init", str, "random", "* starts: random (random:1, random:2 for more draws) or PATH:student, PATH:teacher, "
@@ -106,57 +154,7 @@ def add_init_flags(add):
     add("--epochs", positive_int, 160, "length of the schedule; lr falls tenfold after 1/2 and after 3/4 of it")
 
 
-def add_training_flags(parser):
-    """--encoder, --batch-size, --lr, --seed of supervised training."""
-    add = parser.group("supervised training")
-    add("--encoder", ENCODERS, None, "encoder of random starts; the checkpoints' own by default, else resnet18")
-    add("--batch-size", positive_int, 256, "images per step; use smaller batches on small data sets")
-    add("--lr", positive_float, 0.1, "first learning rate of SGD; use 0.01 for VGG, which has no batch norm")
-    add("--seed", non_negative_int, 0, "seed of random encoders, fc, batch order and augmentation")
-
-
-def add_probe_flags(parser):
-    """--probe, --k, --probe-epochs."""
-    add = parser.group("probes")
-    add("--probe", (*PROBES, "none"), list(PROBES), "classifiers that measure the features", nargs="+")
-    add("--k", positive_int, 20, "neighbours of the k-NN probe")
-    add("--probe-epochs", positive_int, 10, "epochs of the linear probe; raise it on small sets: below 500 steps it underfits")
-
-
-def add_device_flags(parser):
-    """--device, --precision, --deterministic."""
-    add = parser.group("device")
-    add("--device", DEVICES, "auto", "processor; auto takes a GPU where there is one")
-    add("--precision", PRECISIONS, "fp32", "number format of convolutions and matrix products: bf16 is twice as fast on hardware "
-        "that has it and far slower elsewhere; tf32, on CUDA, rounds the factors in training steps to 10 bits")
-    add("--deterministic", bool, False, "same bits on every run on a GPU too; slower there")
-
-
-def add_output_flags(parser, save_every=True):
-    """--resume, --overwrite, --save-every, --no-plot, --plot-format."""
-    add = parser.group("output")
-    add("--resume", bool, False, "continue the run in --out, or start it if there is none")
-    add("--overwrite", bool, False, "delete what an earlier run left in --out")
-    if save_every:
-        add("--save-every", positive_int, None, "epochs between two saves; by default saving takes a tenth of the time at most")
-    add("--no-plot", bool, False, "no picture")
-    add("--plot-format", FORMATS, ["png"], "formats of the picture", nargs="+")
 # fmt: on
-
-
-def parse(parser, argv, *distinct):
-    """The flags, with --probe in a fixed order; ``distinct`` ones may not repeat a value."""
-    args = parser.parse_args(argv)
-    if getattr(args, "resume", False) and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
-    for name in distinct:
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')}: give each value once")
-    if "probe" in args:
-        if "none" in args.probe and len(args.probe) > 1:
-            parser.error("--probe: none goes without other probes")
-        args.probe = [name for name in PROBES if name in args.probe]
-    return args
 
 
 def check_k(args, data):
