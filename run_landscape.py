@@ -79,7 +79,7 @@ def main(args, device, world):
     if args.plot_only:
         return draw_only(args, world)
     specs = {"--origin": args.origin, "--x-axis": args.x_axis, "--y-axis": args.y_axis}
-    origin, states, names = load_networks(specs)
+    origin, states, names = load_networks(specs, device)
     source = origin["data"]
     args.dataset, args.encoder = args.dataset or source["name"], origin["model"]["encoder"]
     if args.dataset != source["name"]:
@@ -93,7 +93,7 @@ def main(args, device, world):
     teacher, network = (load_network(origin, which, device) for which in ("teacher", "student"))
     parameters = [name for name, _ in network.named_parameters()]
     try:
-        plane = Plane(states, parameters, args.plane).to(device)
+        plane = Plane(states, parameters, args.plane)
     except ValueError as error:
         raise InputError(f"--origin, --x-axis, --y-axis: {error}") from error
     run = Run(args, device, world, PRODUCTS, (), fingerprints(data), specs.values())
@@ -128,7 +128,7 @@ def load_points(run):
     return {(row["i"], row["j"]): row for name in names for row in run.load(name)["rows"]}
 
 
-def load_networks(specs):
+def load_networks(specs, device):
     """The checkpoint of the origin, three state dicts and names; specs: {flag: PATH:NETWORK}.
 
     Raises InputError for networks that do not lie in one space, or have different teachers.
@@ -147,6 +147,7 @@ def load_networks(specs):
                 "that are normalised differently; use one --seed and --dataset, and no --ema"
             )
     states = [contents[which.replace("-", "_")] for contents, which in loaded]
+    states = [{name: x.to(device) for name, x in state.items()} for state in states]
     return origin, states, [label(*network) for network in loaded]
 
 

@@ -36,8 +36,8 @@ class Dataset:
     train: Split
     test: Split
     num_classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __str__(self):
         return f"{self.name}, {len(self.train)} training and {len(self.test)} test images"

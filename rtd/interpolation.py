@@ -46,9 +46,9 @@ class Plane:
     """
 
     def __init__(self, states, names, kind="interpolation"):
-        """states: three state dicts of one architecture. names: of the parameters, without buffers.
+        """states: three state dicts of one architecture, best on the device of what is written.
 
-        Raises ValueError where the three lie on one line.
+        names: of the parameters, without buffers. Raises ValueError where the three lie on a line.
         """
         self.states, self.basis = list(states), torch.eye(2, dtype=torch.float64)
         start, *ends = states
@@ -64,11 +64,6 @@ class Plane:
             raise ValueError("the three networks lie on one line and span no plane")
         if kind == "orthogonal":
             self.basis = torch.tensor([[1 / n1, -slope / n2], [0, 1 / n2]], dtype=torch.float64)
-
-    def to(self, device):
-        """Move the three networks, so that ``write_`` copies nothing between devices."""
-        self.states = [{name: x.to(device) for name, x in s.items()} for s in self.states]
-        return self
 
     def corners(self):
         """Coordinates of the three networks: [(x, y)] * 3."""

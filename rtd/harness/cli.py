@@ -190,7 +190,7 @@ def load_sources(args, world):
     """(what run_distill.py's student is distilled on, what the probes judge on): often the same."""
     other, probed = args.probe_dataset or PROBED_ON.get(args.dataset), None
     if other:
-        flags = {**vars(args), "dataset": other, "subset": args.probe_subset}
+        flags = vars(args) | {"dataset": other, "subset": args.probe_subset}
         probed = load_data(argparse.Namespace(**flags), world, args.dataset)
     elif args.probe_subset:
         raise InputError(f"--probe-subset {args.probe_subset}: give --probe-dataset, or --subset")
