@@ -87,7 +87,6 @@ def main(args, device, world):
     if args.dataset not in LABELLED:
         raise InputError(f"--origin {args.origin}: {args.dataset} has no test images")
     data = cli.load_data(args, world).with_normalization(source)
-    cli.check_k(args, data)
     check_model(f"--origin {args.origin}", origin["model"], vars(args))  # with its --image-size
     # the second only lends its modules to the weights of each point
     teacher, network = (load_network(origin, which, device) for which in ("teacher", "student"))

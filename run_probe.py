@@ -55,7 +55,6 @@ def main(args, device, world):
     loaded = [(path, load_checkpoint(path)) for path in args.checkpoints]
     args.lock = world.in_main(lambda: lock_table(args))  # it is held as long as this lives
     data = cli.load_data(args, world)
-    cli.check_k(args, data)
     for path, contents in loaded:
         check_model(path, contents["model"], vars(args))  # of which --image-size is a model's
     cli.note_steps(args, data, world)

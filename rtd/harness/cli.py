@@ -157,13 +157,6 @@ def add_init_flags(add):
 # fmt: on
 
 
-def check_k(args, data):
-    """Refuse a --k larger than the training split."""
-    n = len(data.train)
-    if "knn" in args.probe and args.k > n:
-        raise InputError(f"--k {args.k}: there are {n} training images; choose 1 to {n}")
-
-
 def note_steps(args, data, world, batch_size=256):
     """Say it where a linear probe of ``data`` takes few steps."""
     steps = math.ceil(len(data.train) / batch_size) * args.probe_epochs
@@ -183,7 +176,10 @@ def load_data(args, world, other=None, probed=None):
     subsets = args.subset, None if probed else args.test_subset
     where = args.dataset, args.data_dir, args.download, *subsets, args.image_size, probed
     load = partial(load_dataset, *where, say=world.say)
-    return world.in_main(load) or load()  # the others find what the main one downloads and caches
+    data = world.in_main(load) or load()  # the others find what the main one downloads and caches
+    if "knn" in getattr(args, "probe", ()) and args.k > (n := len((probed or data).train)):
+        raise InputError(f"--k {args.k}: there are {n} training images; choose 1 to {n}")
+    return data
 
 
 def load_sources(args, world):
@@ -199,7 +195,6 @@ def load_sources(args, world):
         raise InputError(
             f"--beta needs labels, and --out-dim at least {data.num_classes} for {data.name}"
         )
-    check_k(args, probed or data)
     return data, probed or data
 
 
