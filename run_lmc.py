@@ -163,15 +163,15 @@ def summarize(run, rows):
     barriers, summary = {}, []
     for (init, i, j, bn), line in itertools.groupby(rows, itemgetter("init", "i", "j", "bn")):
         errors = zip(*map(itemgetter("train_error", "test_error"), line), strict=True)
-        barriers.setdefault((init, bn), []).append((i, j, *map(error_barrier, errors)))
-    for (init, bn), pairs in barriers.items():
-        _, _, *found = zip(*pairs, strict=True)
-        means, stds = zip(*map(mean_and_std, found), strict=True)
-        cells = [("pair", *pair) for pair in pairs]
-        cells += [("mean", None, None, *means), ("std", None, None, *stds)]
-        summary += [dict(zip(BARRIERS, (init, bn, *values), strict=True)) for values in cells]
-        barrier = f"test error barrier {plus_minus(found[1])} points, n = {len(pairs)}"
-        run.say(f"{init}, statistics {bn}: {barrier}")
+        cells = "pair", i, j, *map(error_barrier, errors)
+        barriers.setdefault((init, bn), []).append(cells)
+    for of, pairs in barriers.items():
+        *_, train, test = zip(*pairs, strict=True)
+        means, stds = zip(mean_and_std(train), mean_and_std(test), strict=True)
+        cells = [*pairs, ("mean", None, None, *means), ("std", None, None, *stds)]
+        summary += [dict(zip(BARRIERS, of + values, strict=True)) for values in cells]
+        barrier = f"test error barrier {plus_minus(test)} points, n = {len(pairs)}"
+        run.say(f"{of[0]}, statistics {of[1]}: {barrier}")
     run.table("barriers.csv", BARRIERS, summary)
 
 
