@@ -91,7 +91,7 @@ def balanced_subset(labels, n, generator):
     for c in labels.unique():
         members = order[labels[order] == c]
         turn[members] = torch.arange(len(members))
-    return order[torch.sort(turn[order], stable=True).indices][:n].sort().values
+    return order[turn[order].argsort(stable=True)][:n].sort().values
 
 
 def take(split, n, which):

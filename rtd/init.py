@@ -54,11 +54,11 @@ def init_head_(head, generator):
     The cut-off is torch's default of +-2, which is 100 sigma: DINO's initialisation and the
     authors', and in effect a normal.
     """
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for parameter in head.parameters():
+        if parameter.ndim > 1:
+            nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+        else:
+            nn.init.zeros_(parameter)
     return head
 
 
