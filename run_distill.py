@@ -139,14 +139,15 @@ def distill(args, device, world):
     teacher.to(device), student.to(device)
     about = {"model": model, "data": data.source, "student_init": student_init}
     about |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
-    saved = run.load("checkpoint.pt", "log.csv", "checkpoint")
-    if saved:
+    earlier = {"rows": [], "best": -1, "seconds": 0}
+    if saved := run.load("checkpoint.pt", "log.csv", "checkpoint"):
         student.load_state_dict(saved["student"])
         teacher.load_state_dict(saved["teacher"])  # with --ema it has moved
-    record = Record(run, about, saved)
-    if len(record.rows) > args.epochs:
+        earlier = taken_up(saved["progress"], run)
+    rows = earlier["rows"]
+    if len(rows) > args.epochs:
         run.say("all epochs are done")
-        return world.in_main(record.report)
+        return report(run, rows)
     size = f"{parameter_count(student) / 1e6:.1f}M parameters"
     run.say(f"{title(args)}; {size}; {run.config['device']}")
     same, data = probed.train is data.train, data.to(device)
@@ -155,26 +156,25 @@ def distill(args, device, world):
     options = args.loss, args.student_temperature, args.beta, args.compile
     distiller = Distiller(student, make_target(teacher, data, run), data, *options)
     optimizer = adamw(student, args.lr, args.weight_decay, args.bias_decay)
-    training = Training(distiller, optimizer, (args.seed,), run, args.out.name)
-    record.training = training  # to be saved with it
+    training = Distillation(distiller, optimizer, run, about, earlier)
     if saved:
-        training.load_state(saved["progress"]["training"])
+        training.load_state(earlier["training"])
         run.say(f"resumed after step {training.step}")
     else:
         cli.note_steps(args, probed, world)
 
     encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": None}
     moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
-    for epoch in range(len(record.rows), args.epochs + 1):
-        with training.saving(record.save):
+    for epoch in range(len(rows), args.epochs + 1):
+        with training.saving(training.save):
             means = training.run_epoch(epoch) if epoch else training.start()
             row = LastLayerLoss(*means)._asdict() | distance(student, student_init)
             if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
                 for name in moving if epoch else encoders:
                     found = judge(encoders[name], probed, args, world)
                     row |= {f"{name}_{probe}": accuracy for probe, accuracy in found.items()}
-            record.add(row)
-    world.in_main(record.report)
+            training.log(row)
+    report(run, rows)
 
 
 def make_target(teacher, data, run):
@@ -198,38 +198,43 @@ def count_epochs(args, images):
     return argparse.Namespace(**flags)
 
 
-class Record:
-    """The rows of log.csv, the best student so far, and how they are saved with the ``training``."""
+def taken_up(progress, run):
+    """``progress`` of the sessions of a run before this one, for this one's --epochs."""
+    rows, begun, epochs = progress["rows"], progress["training"]["epoch"], run.args.epochs
+    if begun > epochs:
+        raise InputError(f"--epochs {epochs}: {run.folder} has begun epoch {begun} already")
+    columns = [f"student_{probe}" for probe in run.args.probe]
+    if len(rows) > epochs and any(rows[-1][column] is None for column in columns):
+        rows.pop()  # the last epoch ends again, without a step, and is probed
+    run.table("log.csv", COLUMNS, rows)
+    return progress
 
-    def __init__(self, run, networks, saved):
+
+class Distillation(Training):
+    """Training that logs each epoch, keeps the best student and saves all of it."""
+
+    def __init__(self, distiller, optimizer, run, networks, earlier):
         """networks: state dicts whose tensors are the networks' own, so that they follow training.
 
-        saved: the checkpoint from which the run goes on, or None.
+        earlier: what earlier sessions left: the rows of log.csv, to which new ones are added, the
+        best accuracy and the seconds.
         """
-        self.run, self.args, self.networks = run, run.args, networks | {"config": run.config}
-        progress = saved["progress"] if saved else {"rows": [], "best": -1, "seconds": 0}
-        self.rows, self.best, self.best_contents = progress["rows"], progress["best"], None
-        self.began = time.perf_counter() - progress["seconds"]  # as if there had been one session
-        begun, epochs = progress["training"]["epoch"] if saved else 0, self.args.epochs
-        if begun > epochs:
-            raise InputError(f"--epochs {epochs}: {run.folder} has begun epoch {begun} already")
-        columns = [f"student_{probe}" for probe in self.args.probe]
-        if len(self.rows) > epochs and any(self.rows[-1][column] is None for column in columns):
-            self.rows.pop()  # the last epoch ends again, without a step, and is probed
-        if saved:
-            run.table("log.csv", COLUMNS, self.rows)
+        super().__init__(distiller, optimizer, (run.args.seed,), run, run.args.out.name)
+        self.networks = networks | {"config": run.config}
+        self.rows, self.best, self.best_contents = earlier["rows"], earlier["best"], None
+        self.began = time.perf_counter() - earlier["seconds"]  # as if there had been one session
         if self.best >= 0 and not (run.folder / "best.pt").exists():
             run.say("note: best.pt is missing; only a better epoch to come will write it again")
 
     @deferred()
-    def add(self, row):
+    def log(self, row):
         """Log the row of an epoch; keep the best student; save where it is due."""
-        epoch, epochs, training = len(self.rows), self.args.epochs, self.training
+        epoch, epochs = len(self.rows), self.args.epochs
         once = "input" if self.args.ema else ("input", "teacher")  # probed before training
         first = self.rows[0] if epoch else {}
         row = {c: first.get(c) if c.startswith(once) else None for c in COLUMNS} | row
-        row |= {"epoch": epoch, "step": training.step, "seconds": time.perf_counter() - self.began}
-        row["images_per_second"] = training.images_per_second
+        row |= {"epoch": epoch, "step": self.step, "seconds": time.perf_counter() - self.began}
+        row["images_per_second"] = self.images_per_second
         self.rows.append(row)
         found = {p: x for p in self.args.probe if (x := row[f"student_{p}"]) is not None}
         first = next(iter(found.values()), -1)  # the first probe decides which epoch is the best
@@ -238,16 +243,16 @@ class Record:
         if self.run.save_is_due(epoch, epochs):
             self.save()
         self.run.table("log.csv", COLUMNS, self.rows)
-        words = [f"loss {row['loss']:.5f}", f"KL {row['kl']:.2e}"]
-        words += [f"distance {row['distance_total']:.2f}"]
-        words += [f"{PROBE_TITLES[probe]} {accuracy:.2f} %" for probe, accuracy in found.items()]
-        if speed := row["images_per_second"]:
-            words.append(f"{speed:.0f} img/s")
-        self.run.say(f"epoch {epoch}/{epochs}: {', '.join(words)}, {row['seconds']:.0f} s in all")
+        words = f"loss {row['loss']:.5f}, KL {row['kl']:.2e}, distance {row['distance_total']:.2f}"
+        for probe, accuracy in found.items():
+            words += f", {PROBE_TITLES[probe]} {accuracy:.2f} %"
+        if self.images_per_second:
+            words += f", {self.images_per_second:.0f} img/s"
+        self.run.say(f"epoch {epoch}/{epochs}: {words}, {row['seconds']:.0f} s in all")
 
     def contents(self):
         """The networks as they are and how far training went: what every checkpoint holds."""
-        return self.networks | {"epoch": len(self.rows) - 1, "step": self.training.step}
+        return self.networks | {"epoch": len(self.rows) - 1, "step": self.step}
 
     def save(self):
         """best.pt, if there is a better one, and checkpoint.pt, also in the middle of an epoch."""
@@ -256,19 +261,20 @@ class Record:
         if self.best_contents:
             self.run.save("best.pt", self.best_contents, "checkpoint")
             self.best_contents = None
-        progress = {"rows": self.rows, "best": self.best, "training": self.training.state()}
+        progress = {"rows": self.rows, "best": self.best, "training": self.state()}
         progress["seconds"] = time.perf_counter() - self.began
         self.run.save("checkpoint.pt", self.contents() | {"progress": progress}, "checkpoint")
 
-    def report(self):
-        """Draw and say what the finished run has found; for the main process."""
-        self.run.draw("curves", curves, [self.rows], title(self.args))
-        for probe in self.args.probe:
-            pixels, teacher = (self.rows[-1][f"{of}_{probe}"] for of in ("input", "teacher"))
-            best, last = best_and_final(self.rows, f"student_{probe}")
-            words = f"input pixels {pixels:.2f}, teacher {teacher:.2f}, student {last:.2f}"
-            words += f" (at best {best:.2f}), gain {last - teacher:+.2f}"
-            self.run.say(f"{PROBE_TITLES[probe]}, test accuracy in %: {words}")
+
+def report(run, rows):
+    """Draw and say what the finished run has found."""
+    run.draw("curves", curves, [rows], title(run.args))
+    for probe in run.args.probe if run.world.is_main else ():  # which alone has their results
+        pixels, teacher = (rows[-1][f"{of}_{probe}"] for of in ("input", "teacher"))
+        best, last = best_and_final(rows, f"student_{probe}")
+        words = f"input pixels {pixels:.2f}, teacher {teacher:.2f}, student {last:.2f}"
+        words += f" (at best {best:.2f}), gain {last - teacher:+.2f}"
+        run.say(f"{PROBE_TITLES[probe]}, test accuracy in %: {words}")
 
 
 def title(args, varied=()):
