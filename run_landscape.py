@@ -14,6 +14,7 @@ Writes config.json, landscape.csv (a row a point), points.csv (the three network
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rtd import plots
 from rtd.errors import InputError
@@ -136,11 +137,9 @@ def load_networks(specs, device):
     origin = loaded[0][0]
     for (contents, _), (flag, spec) in zip(loaded, specs.items(), strict=True):
         check_model(f"{flag} {spec}", contents["model"], origin["model"])
-        both = [
-            (files.checksum(one["teacher"]), one["data"]["mean"], one["data"]["std"])
-            for one in (origin, contents)
-        ]
-        if both[0] != both[1]:
+        same = [torch.equal(x, contents["teacher"][k]) for k, x in origin["teacher"].items()]
+        same += [contents["data"][key] == origin["data"][key] for key in ("mean", "std")]
+        if not all(same):
             raise InputError(
                 f"--origin {specs['--origin']} and {flag} {spec} have different teachers, or images "
                 "that are normalised differently; use one --seed and --dataset, and no --ema"

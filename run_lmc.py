@@ -30,6 +30,7 @@ from rtd.harness import cli
 from rtd.harness.checkpoint import SUPERVISED, load_starts, say_starts
 from rtd.harness.console import progress
 from rtd.harness.datasets import fingerprints
+from rtd.harness.files import sha256
 from rtd.harness.run import Run
 from rtd.harness.sweeps import mean_and_std, plus_minus
 from rtd.harness.training import SupervisedTraining, evaluate
@@ -123,9 +124,10 @@ def walk(start, a, b, data, run):
     """Errors and losses between runs ``a`` and ``b`` of a start at all gamma."""
     args, file = run.args, f"lines/{start.name}-{a}-{b}"
     data = data.with_normalization(start.source)
-    ends = [run.load(f"runs/{start.name}-run{n}.pt", kind=SUPERVISED) for n in (a, b)]
+    names = [f"runs/{start.name}-run{n}.pt" for n in (a, b)]
+    ends = [run.load(name, kind=SUPERVISED) for name in names]
     settings = {flag: getattr(args, flag) for flag in LINES}
-    settings["ends"] = [end["checksum"] for end in ends]
+    settings["ends"] = [sha256(run.folder / name) for name in names]
     line = run.load(f"{file}.pt")  # where its flags or its ends changed, it is walked anew
     rows = line["rows"] if line and line["settings"] == settings else []
 
