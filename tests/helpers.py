@@ -132,7 +132,7 @@ def change(path, edit):
 
 
 # What two equal runs need not share.
-OWN = {"config", "identity", "checksum", "seconds", "images_per_second"}
+OWN = {"config", "identity", "seconds", "images_per_second"}
 
 
 def leaves(tree, where=""):

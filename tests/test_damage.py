@@ -74,27 +74,6 @@ def swapped(other):
 
 # Files
 
-VALUES = [None, "text", {}, -5, 2.5, float("nan"), 10**400, True, torch.empty(2, device="meta")]
-CHANGES = [lambda t: t[None], lambda t: t + 1, lambda t: t.to_sparse(), lambda t: t.tolist()]
-
-
-def place(tree, draw):
-    """A random place in a tree: the dict or list that it is in, and its key there."""
-    key = draw.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
-    inside = isinstance(tree[key], (dict, list)) and tree[key] and draw.random() < 0.9
-    return place(tree[key], draw) if inside else (tree, key)
-
-
-def mutate_value(path, draw):
-    """Change one thing in a state file; returns what, for the test's message."""
-    contents = helpers.state(path)
-    parent, key = place(contents, draw)
-    old = parent[key]
-    new = draw.choice([change(old) for change in CHANGES] if torch.is_tensor(old) else VALUES)
-    parent[key] = new
-    torch.save(contents, path)
-    return f"{key}: {old!r:.40} became {new!r:.40}"
-
 
 def mutate_bytes(path, draw):
     content = bytearray(path.read_bytes())
@@ -112,13 +91,12 @@ READERS += [("lmc", "runs/init0-run1.pt"), ("landscape", "landscape.part0.pt")]
 
 
 @pytest.mark.parametrize(("name", "file"), READERS)
-@pytest.mark.parametrize("mutate", [mutate_value, mutate_bytes])
 @pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_damaged_state_is_not_resumed(run_of, name, file, mutate, count):
-    draw, wrong = random.Random(f"{name} {mutate.__name__} {count}"), []
+def test_a_damaged_state_is_not_resumed(run_of, name, file, count):
+    draw, wrong = random.Random(f"{name} {count}"), []
     for _ in range(count):
         run = run_of(f"half {name}")
-        what = mutate(run.out / file, draw)
+        what = mutate_bytes(run.out / file, draw)
         result = run.resume()
         found = one_sentence(result, run.out / file) if result.code else run.differs()
         wrong += [f"{what}: {found}"] * bool(found)

@@ -86,14 +86,14 @@ def load_state(path, kind, mmap=True):
     """The contents of a state file of ``kind``, on the CPU.
 
     mmap: tensors are read from the disk when they are used. Raises InputError for a file that is
-    missing, of another kind or version, or not exactly what was saved.
+    missing, damaged, or of another kind or version.
     """
     expected = f"a state file of {KINDS[kind]}"
     with reading(path, expected), zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():  # which compares the checksums that torch.save wrote
             raise ValueError(f"{damaged} is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if state["format"] != f"rtd-{kind}-{VERSION}":
+        if state.get("format") != f"rtd-{kind}-{VERSION}":
             raise InputError(f"{path} is not {expected}, or another version of rtd made it")
     return state
 

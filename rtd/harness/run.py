@@ -81,6 +81,11 @@ class Run:
         inside = list(folder.glob("[!.]*"))
         if inside and not (args.resume or args.overwrite):
             raise InputError(f"--out {folder} holds a run; give --resume or --overwrite")
+        if args.overwrite and config.exists():
+            with files.reading(config, "of a run"):
+                script = files.read_json(config)["identity"]["the script"]
+            if script != self.identity["the script"]:  # whose other files would stay
+                raise InputError(f"--overwrite: {folder} is of {script}; give another --out")
         # a folder of nothing but whole runs is that of a new sweep, which takes them up
         continued = args.resume and any(not (path / "config.json").exists() for path in inside)
         if continued and not config.exists():
