@@ -8,7 +8,8 @@ steps, or 6,000 with --no-weight-norm: that is to be expected.
     # on scikit-learn's digits, with nothing to download
     python run_distill.py --out-dim 4096 --batch-size 16 --lr 3e-4 --epochs 6 --probe-epochs 100
     python run_distill.py --dataset cifar10 --data-dir data    # the paper's protocol, 100 epochs
-    python run_distill.py --alpha 0 .2 .4 .6 .8 1 --seed 0 1 2 # a sweep: 18 runs (Figs. 3, 17)
+    # a sweep of 18 runs (Figs. 3, 17)
+    python run_distill.py --dataset cifar10 --data-dir data --alpha 0 .2 .4 .6 .8 1 --seed 0 1 2
     torchrun --nproc-per-node=4 run_distill.py ...             # on four processes
 
 Writes config.json, log.csv (a row an epoch), checkpoint.pt, best.pt and curves.png into the folder

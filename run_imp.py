@@ -5,8 +5,9 @@ train again. From a random start this needs l > 0 or loses accuracy; from a stud
 without labels, the paper finds that l = 0 suffices: its weights already hold the winning tickets.
 
     python run_imp.py --encoder resnet20 --epochs 4 --rounds 3           # digits, about a minute
+    # runs/r18: run_distill.py --dataset cifar10 --data-dir data --encoder resnet18
     python run_imp.py --dataset cifar10 --data-dir data --rewind-epoch 0 1 2 5 \\
-        --init runs/x/checkpoint.pt:student-init runs/x/checkpoint.pt:student
+        --init runs/r18/checkpoint.pt:student-init runs/r18/checkpoint.pt:student
     torchrun --nproc-per-node=4 run_imp.py ...            # the processes share the chains
 
 A chain is a start and a rewind epoch, and with --control shuffle also the same with shuffled masks.

@@ -3,8 +3,11 @@
 The plane goes through three networks: the teacher and two students. In it the teacher sits at the
 edge of an asymmetric valley: the loss rises slowly towards the student, steeply the other way.
 
-    python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 \\
+    # runs/a and runs/b: run_distill.py with --alpha 0 and --alpha 1, and the same --seed
+    python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 --out runs/shared \\
         --x-axis runs/a/checkpoint.pt:student --y-axis runs/b/checkpoint.pt:student
+    python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 --out runs/nonlocal \\
+        --x-axis runs/b/checkpoint.pt:student-init --y-axis runs/b/checkpoint.pt:student
     python run_landscape.py --plot-only runs/nonlocal runs/shared --out fig5.png
     torchrun --nproc-per-node=4 run_landscape.py ...               # the processes share the points
 

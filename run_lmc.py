@@ -5,8 +5,9 @@ augmentation, then walk on the straight line between each two results. From a ra
 error rises between them; from a student distilled without labels, the paper finds, it hardly does.
 
     python run_lmc.py --encoder resnet20 --epochs 4 --runs 2 --points 7   # digits, about a minute
+    # runs/r18: run_distill.py --dataset cifar10 --data-dir data --encoder resnet18
     python run_lmc.py --dataset cifar10 --data-dir data --bn-statistics recompute interpolate \\
-        --init runs/x/checkpoint.pt:student-init runs/x/checkpoint.pt:student
+        --init runs/r18/checkpoint.pt:student-init runs/r18/checkpoint.pt:student
     torchrun --nproc-per-node=4 run_lmc.py ...       # the processes share the runs, then the lines
 
 Recomputing batch norm's statistics changes the ends too: their weights are those of the trained
@@ -91,9 +92,9 @@ def main(args, device, world):
     lines = [(start, *pair) for start, pair in itertools.product(starts, pairs)]
     tables = [f"lines/{start.name}-{a}-{b}.csv" for start, a, b in lines]
     if not any(name.endswith("running_mean") for name in starts[0].state):
-        args.bn_statistics = ["none"]  # without batch norm
+        args.bn_statistics = ["none"]  # without batch norm the flag has no meaning
 
-    def finish(diverged):
+    def finish(_):
         rows = run.concatenate("lmc.csv", COLUMNS, tables)
         summarize(run, rows)
         run.draw("lmc", plots.lmc, rows, title)
@@ -155,7 +156,8 @@ def walk(start, a, b, data, run):
 
 def batch_norm_images(images, batches, batch_size):
     """``batches`` full batches of images, the same for every line; all of a small set."""
-    count = min(batches * batch_size, len(images) // batch_size * batch_size or len(images))
+    whole = len(images) // batch_size * batch_size  # images in full batches
+    count = min(batches * batch_size, whole or len(images))
     order = torch.randperm(len(images), generator=random_stream(0, "batch-norm"))
     return images[order[:count].to(images.device)]
 

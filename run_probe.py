@@ -1,4 +1,4 @@
-"""Probe the networks of checkpoints of run_distill.py (sections 3 and C.1; Tables 1 to 4).
+"""Probe the networks of checkpoints of run_distill.py (section 3, App. C.1; Tables 1 to 4).
 
 Linear and k-NN probes of teacher, student, student-init (the student before training) and of the
 pixels themselves, on any data set. Images are normalised with the constants of the data set that
@@ -66,7 +66,9 @@ def main(args, device, world):
             world.say(f"probing {network} of {path}")
             if network == "input":
                 key = normalised.mean, normalised.std  # most checkpoints have the same
-                pixels[key] = values = pixels.get(key) or judge(None, normalised, args, world)
+                if key not in pixels:
+                    pixels[key] = judge(None, normalised, args, world)
+                values = pixels[key]
             else:
                 encoder = load_network(contents, network, device).encoder
                 values = judge(encoder, normalised, args, world)

@@ -389,6 +389,7 @@ def headlines():
             short = re.split(r"[:.;,](?= |$)", verdict(name, table))[0].lower()
             if "not run" in ours:
                 ours, short = "", "not run yet"
+            ours = ours.replace(" (n = 1)", "")  # said once, below the table
             cells.append(f"| {claim} | {paper} | {ours} | {short} |")
     return "\n".join(cells)
 

@@ -1,12 +1,14 @@
 """The distillation loss (section 3, App. A), with what is constant taken out of it.
 
 The teacher is frozen, in eval mode, and images are not augmented, so what it says about an image
-never changes: its bottleneck vector (256 numbers, not 65,536 outputs) and the normaliser of its
-soft-max are computed once, and a step forms the teacher's outputs from them with one product
+never changes: its bottleneck vector (256 numbers, not 65,536 outputs) and the log-mean-exp of its
+outputs are computed once, and a step forms the teacher's outputs from them with one product
 (``rtd.last_layer``). The student is in train mode: its batch norm, where it has one, sees the
 batch. A step of the algorithm is
 
-    loss = distiller(index)[0];  loss.backward();  optimizer.step();  distiller.after_step()
+    distiller(index).loss.backward()
+    optimizer.step()
+    distiller.after_step()      # drops the gradients; a MovingTeacher follows
 
 Under bf16 the teacher's answers are still computed in float32, and so are the student's first
 steps: next to its teacher (alpha = 1e-10) the student differs from it by less than bf16 resolves.
@@ -39,8 +41,8 @@ def adamw(student, lr=0.001, weight_decay=0.0, bias_decay=0.0):
 def teacher_answers(teacher, mean, std, temperature, images, batch_size=256, progress=iter):
     """What ``teacher`` says about (N, 3, H, W) images, in float32 and eval mode: (N, K + 1).
 
-    The first K numbers are the bottleneck vector over the temperature, the last is the normaliser
-    of the soft-max; a million images take 1 GB for K = 256. mean, std: the images' normalisation.
+    The first K numbers are the bottleneck vector divided by the temperature, the last is the
+    log-mean-exp of the outputs. A million images take 1 GB for K = 256. mean, std: of the images.
     progress: iterates over a list, and may say how far it is.
     """
     teacher.eval()
@@ -48,8 +50,8 @@ def teacher_answers(teacher, mean, std, temperature, images, batch_size=256, pro
     answers = weight.new_empty(len(images), weight.shape[1] + 1)
     batches = progress(images.split(batch_size))
     for x, rows in zip(batches, answers.split(batch_size), strict=True):
-        rows[:, :-1] = z = teacher.bottleneck(normalize(x, mean, std)) / temperature  # (B, K)
-        rows[:, -1] = output_log_mean_exp(z, weight)
+        z = teacher.bottleneck(normalize(x, mean, std)) / temperature  # (B, K)
+        rows[:, :-1], rows[:, -1] = z, output_log_mean_exp(z, weight)
     return answers
 
 
@@ -126,7 +128,7 @@ class Distiller(nn.Module):
             z = self._bottleneck(images) / self.temperature  # (B, K)
         last = self.student.head.l2_bottleneck
         weight = last.last_layer.weight
-        workspace = self._workspace if weight.grad is None else None  # an old gradient lies in it
+        workspace = self._workspace if weight.grad is None else None  # else that lies in it
         dtype = torch.bfloat16 if precision == "bf16" else None  # of products with the weights
         options = self.kind, last.weight_norm, dtype, observe, workspace
         result = last_layer_loss(z, weight, *self.teacher.answer(images, index), *options)
@@ -143,7 +145,7 @@ def distance(network, start):
 
     start: the network's state dict at the start.
     """
-    # pairwise summation of each tensor, in doubles over them; a GPU is waited for once
+    # torch sums each tensor pairwise, Python the sums in doubles; a GPU is waited for once
     parameters = dict(network.named_parameters())
     squares = [(p - start[name].to(p.device)).square().sum() for name, p in parameters.items()]
     parts = {"encoder": 0.0, "head": 0.0}

@@ -1,6 +1,6 @@
 """The projection head and its l2-bottleneck (paper App. A and E.1).
 
-    MLP:           h = W2 gelu(W1 x + b1) + b2, gelu                  512 -> 2048 -> 2048
+    MLP:           h = gelu(W2 gelu(W1 x + b1) + b2)                  512 -> 2048 -> 2048
     l2-bottleneck: z = W^T h + b,  z~ = z / |z|,  y = V~^T z~         2048 -> 256 -> 2^16
 
 The columns of V~ have unit norm, so the outputs are the cosines between the bottleneck vector z~
@@ -25,7 +25,7 @@ SLOTS = (("-", "wn"), ("-", "l", "lb"), ("-", "fn"), ("-", "wn"), ("l",), ("-", 
 
 
 def parse_slots(text):
-    """ "-/lb/fn/wn/l/-" -> its six slots. Raises InputError where they do not go together."""
+    """The six slots of a text like "-/lb/fn/wn/l/-"; InputError where they do not go together."""
     slots = tuple(text.split("/"))
     if slots not in product(*SLOTS):
         form = ", ".join(" or ".join(allowed) for allowed in SLOTS)
@@ -48,15 +48,17 @@ class L2Bottleneck(nn.Module):
         wn1, first, fn1, wn2, _, fn2 = parse_slots(slots)
         self.first_weight_norm, self.feature_norm = wn1 == "wn", fn1 == "fn"
         self.weight_norm, self.output_norm = wn2 == "wn", fn2 == "fn"
-        bias, width = first == "lb", in_dim if first == "-" else bottleneck_dim
-        self.linear = nn.Identity() if first == "-" else nn.Linear(in_dim, width, bias)
-        self.last_layer = nn.Linear(width, out_dim, bias=False)
+        if first == "-":
+            self.linear, bottleneck_dim = nn.Identity(), in_dim
+        else:
+            self.linear = nn.Linear(in_dim, bottleneck_dim, bias=first == "lb")
+        self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
 
     def bottleneck(self, x):
         """(B, in_dim) -> (B, bottleneck_dim) what the last layer sees: the paper's unit vectors.
 
-        They have the parameters' precision also under autocast. A normalisation of the outputs
-        (slot fn2) happens here too, as y / |y| with y = V^T z is V^T (z / |y|): so the head's
+        They have the parameters' precision also under autocast. Slot fn2 divides the outputs
+        y = V^T z by |y|. As y / |y| = V^T (z / |y|), z is divided instead, so that the head's
         outputs are always one product away.
         """
         if self.first_weight_norm:

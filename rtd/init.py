@@ -12,7 +12,7 @@ from torch import nn
 
 
 def random_stream(seed, *names):
-    """A CPU generator for the stream ``names`` (strings or integers) of ``seed``.
+    """A CPU generator for the stream ``names`` (integers, strings without /) of ``seed``.
 
     Equal arguments give equal draws, in every process (Python's hash() would not).
     """
@@ -51,8 +51,8 @@ def init_encoder_(encoder, generator):
 def init_head_(head, generator):
     """Truncated normal with sigma = 0.02 for the head's weights, biases 0, in place (App. E.1).
 
-    The cut-off is torch's default of +-2, which is 100 sigma: DINO's initialisation and the
-    authors', and in effect a normal.
+    The cut-off is torch's default of +-2, or 100 sigma, as in DINO and the authors' code, so that
+    nothing is cut in effect.
     """
     for parameter in head.parameters():
         if parameter.ndim > 1:
@@ -82,6 +82,7 @@ def init_student_(student, teacher, alpha):
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
     delta = math.sqrt(alpha**2 + (1 - alpha) ** 2)
+    # in place: theta <- ((1 - alpha) theta_T + alpha theta) / delta
     for theta, theta_t in zip(student.parameters(), teacher.parameters(), strict=True):
         theta.mul_(alpha).add_(theta_t, alpha=1 - alpha).div_(delta)
     return student

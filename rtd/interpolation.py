@@ -4,8 +4,8 @@
     theta(x, y)  = (1 - p - q) theta_0 + p theta_1 + q theta_2,              (p, q) linear in (x, y)
 
 Figs. 5 and 13 to 16 show planes. Batch norm's statistics can be interpolated too, or estimated anew
-from training images (``torch.optim.swa_utils.update_bn``): the activations of a mixture of networks
-are no mixtures of theirs.
+from training images (``torch.optim.swa_utils.update_bn``): the activations of a mixed network are
+not the mix of the networks', so that mixed statistics do not fit them.
 """
 
 import torch
@@ -22,7 +22,8 @@ def error_barrier(errors):
 def interpolate(a, b, gamma):
     """(1 - gamma) a + gamma b of two state dicts, as a new one; integer buffers are a's.
 
-    At gamma 0 and 1 it returns the ends bit for bit, and (a, b) at gamma is (b, a) at 1 - gamma.
+    At gamma 0 and 1 it returns the ends bit for bit. Floats of (a, b) at gamma are those of (b, a)
+    at 1 - gamma.
     The paper's gamma counts from the other end.
     """
     if gamma in (0, 1):
@@ -41,8 +42,8 @@ class Plane:
     orthonormal basis of the same plane, so that distances and angles are those of parameter space
     (Figs. 13 to 16); the first axis points from theta_0 to theta_1, the second to theta_2's side.
 
-    Any point is an affine combination of the three: ``basis``, (2, 2) float64, turns (x, y) into
-    (p, q), and no basis vector is ever stored.
+    A point is a combination of the three with the weights 1 - p - q, p and q. ``to_pq``, (2, 2)
+    float64, turns (x, y) into (p, q); basis vectors, as long as a network, are not stored.
     """
 
     def __init__(self, states, names, kind="interpolation"):
@@ -50,7 +51,7 @@ class Plane:
 
         names: of the parameters, without buffers. Raises ValueError where the three lie on a line.
         """
-        self.states, self.basis = list(states), torch.eye(2, dtype=torch.float64)
+        self.states, self.to_pq = list(states), torch.eye(2, dtype=torch.float64)
         start, *ends = states
         d1, d2 = (
             torch.cat([(end[n].cpu().double() - start[n].cpu().double()).flatten() for n in names])
@@ -62,17 +63,17 @@ class Plane:
         n1, n2 = d1.norm().item(), rest.norm().item()
         if not (n1 > 0 and n2 > 1e-5 * d2.norm()):
             raise ValueError("the three networks lie on one line and span no plane")
-        if kind == "orthogonal":
-            self.basis = torch.tensor([[1 / n1, -slope / n2], [0, 1 / n2]], dtype=torch.float64)
+        if kind == "orthogonal":  # x e1 + y e2 = (x / n1 - slope y / n2) d1 + (y / n2) d2
+            self.to_pq = torch.tensor([[1 / n1, -slope / n2], [0, 1 / n2]], dtype=torch.float64)
 
     def corners(self):
         """Coordinates of the three networks: [(x, y)] * 3."""
-        return [(0.0, 0.0), *map(tuple, torch.linalg.inv(self.basis).T.tolist())]
+        return [(0.0, 0.0), *map(tuple, torch.linalg.inv(self.to_pq).T.tolist())]
 
     @torch.no_grad()
     def write_(self, network, x, y):
         """Put the point (x, y) into ``network``, batch norm's statistics included, in place."""
-        p, q = (self.basis @ torch.tensor([x, y], dtype=torch.float64)).tolist()
+        p, q = (self.to_pq @ torch.tensor([x, y], dtype=torch.float64)).tolist()
         r = 1 - p - q
         if sorted((r, p, q)) == [0, 0, 1]:  # bit for bit: 0 x -1 + -0 would lose a sign
             network.load_state_dict(self.states[(r, p, q).index(1)])

@@ -9,8 +9,8 @@ pass over blocks of outputs that stay in the cache gives
     A = sum p_t d,  B = sum p_t phi(d);  the ratio of the normalisers is sum p_t exp(d) = 1 + A + B,
     KL = log(1 + A + B) - A = B - phi(log(1 + A + B))
 
-In the last form B and phi are of the size of the KL, so nothing cancels where that is 1e-7; in the
-first nothing cancels where they are large. At the teacher d = 0 and KL = 0.
+In the last form B and phi are of the size of the KL unless all outputs rise together, so nothing
+cancels where that is 1e-7; in the first nothing cancels where they are large. At the teacher d = 0.
 """
 
 import math
@@ -52,28 +52,29 @@ def divergences(z, weight, z_t, weight_t, lme_t, entropy_t):
     # one workspace, as fresh memory for every block costs more than the arithmetic
     workspace = z.new_empty(5, slices[0].stop, len(z))
     for rows in slices:
-        s, p_t, delta, e, product = workspace[:, : rows.stop - rows.start]  # (block, B) each
+        s, t, d, e, product = workspace[:, : rows.stop - rows.start]  # (block, B) each
         torch.mm(weight[rows], z.T, out=s)
-        t = torch.mm(weight_t[rows], z_t.T, out=p_t)
-        torch.sub(s, t, out=delta)
-        p_t = t.sub_(lme_t).exp_()  # m p_t: of order 1
-        square += torch.mul(delta, delta, out=product).sum(0)
-        a += torch.mul(delta, p_t, out=product).sum(0)
-        torch.expm1(delta, out=e)
+        torch.mm(weight_t[rows], z_t.T, out=t)
+        torch.sub(s, t, out=d)
+        p_t = t.sub_(lme_t).exp_()  # m p_t, of order 1, in t's memory
+        square += torch.mul(d, d, out=product).sum(0)
+        a += torch.mul(d, p_t, out=product).sum(0)
+        torch.expm1(d, out=e)
         inner += torch.mul(e, p_t, out=product).mul_(s).sum(0)
         # phi by a subtraction: its error is the rounding of d, which a mean of m terms averages out
-        b += e.sub_(delta).mul_(p_t).sum(0)
+        b += e.sub_(d).mul_(p_t).sum(0)
     a, b = a / m, b / m
     ratio = torch.log1p(a + b)
     kl = torch.where(ratio.abs() < 1, b - losses.exp_minus_one_minus(ratio), ratio - a)
-    constant = lme_t + math.log(m)  # teacher's log-sum-exp; its sum p_t t is that less its entropy
+    constant = lme_t + math.log(m)  # the teacher's log-sum-exp: sum p_t t = constant - entropy_t
+    # H(p_s) = log-sum-exp of s - sum p_s s, with p_s = p_t exp(d) / (1 + A + B)
     entropy = constant + ratio - (constant - entropy_t + a + inner / m) / (1 + a + b)
     return torch.stack([kl, kl + entropy_t, square / m, entropy]).sum(1)
 
 
 @torch.no_grad()
 def embedding_divergences(f, f_t):
-    """The same four sums between the soft-maxes of two (B, D) embeddings (Figs. 15, 16)."""
+    """The same four sums with (B, D) embeddings in place of the outputs (Figs. 15, 16)."""
     pairs = losses.kl_divergence, losses.cross_entropy, losses.mean_squared_error
     return torch.stack([*(loss(f, f_t) for loss in pairs), losses.entropy(f)]).sum(1)
 
@@ -83,7 +84,7 @@ class Landscape:
 
     @torch.no_grad()
     def __init__(self, teacher, data, encoder_only=False, precision="fp32", batch_size=256):
-        """teacher: a Network in eval mode, on the device of ``data``, whose images are judged on.
+        """teacher: a Network in eval mode. data: the ``Dataset`` of the images, on its device.
 
         precision: of encoder and hidden layers, also the teacher's, so that the KL at the teacher
         is 0. With bf16, a KL below about 1e-4 elsewhere is mostly rounding error.

@@ -4,9 +4,9 @@ A batch of 256 images has 256 x 65,536 outputs. Written plainly, a step moves ab
 that size through memory (outputs, soft-maxes, products and gradients). But all that leaves the last
 layer is a loss and two gradients:
 
-    s = V~_s z_s,  t = V~_t z_t      logits of student and teacher, V~ = V / |V| row by row
-    G = softmax(s) - softmax(t)      gradient of the cross-entropy, and of the KL, for s
-    dL/dz_s = V~_s^T G,  dL/dV~_s = G z_s^T
+    s = U_s z_s,  t = U_t z_t            logits (m, B); U is (m, K), with unit rows u = v / |v|
+    G = (softmax(s) - softmax(t)) / B    gradient of ce and kl for s; mse has 2 (s - t) / (m B)
+    dL/dz_s = U_s^T G,  dL/dU_s = G z_s^T,  dL/dv = (g - (g.u) u) / |v| for each row g of dL/dU_s
 
 so the student's logits are kept once, as (outputs, images), and all else lives for one block of
 outputs. A frozen teacher's normaliser comes in precomputed (``rtd.distill``).
@@ -36,7 +36,7 @@ class LastLayerLoss(NamedTuple):
 
 
 def blocks(rows, size, device):
-    """``rows`` rows as slices of ``size`` on CPUs, as a single one on GPUs, whose launches cost."""
+    """Slices of ``size`` of ``rows`` rows; on GPUs, where each launch costs time, a single one."""
     size = size if device.type == "cpu" else rows
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
@@ -130,7 +130,7 @@ def output_log_mean_exp(z, weight, dtype=None):
 
 
 def _unit_rows(weight, norm, rows, out):
-    """Rows ``rows`` of V~ = V / |V|, or of V where there is no weight normalisation (norm None)."""
+    """Rows ``rows`` of U = V / |V|, or of V where there is no weight normalisation (norm None)."""
     if norm is None:
         return weight[rows]
     return torch.div(weight[rows], norm[rows], out=out[: rows.stop - rows.start])
@@ -184,7 +184,7 @@ def _forward_backward(
             unit, grad = _unit_rows(weight, norm, rows, block_unit), grad.to(dtype)
             grad_z += _mm_transposed(grad, unit.to(dtype), z.dtype)
             grad_unit = _mm(grad, scaled_z, out=grad_weight[rows])  # (block, K)
-            if weight_norm:  # through V~ = V / |V|: remove the radial part, divide by the norm
+            if weight_norm:  # through u = v / |v|: remove the radial part, divide by the norm
                 radial = (grad_unit * unit).sum(1, keepdim=True)
                 grad_unit.addcmul_(unit, radial, value=-1).div_(norm[rows])
     if with_grad:

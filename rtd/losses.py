@@ -1,6 +1,6 @@
 """Losses between the outputs of teacher and student (section 3, App. A), accurate where tiny.
 
-These are the definitions, on (B, m) logits, which training never holds (``rtd.last_layer``).
+These are the definitions. Training computes the same numbers block by block (``rtd.last_layer``).
 
 With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
 
@@ -11,7 +11,7 @@ With p_t = softmax(t) and p_s = softmax(s) over the m = 2^16 outputs,
 Cross-entropy and KL have the same gradient with respect to s, p_s - p_t. The KL is not computed as
 H(p_t, p_s) - H(p_t): float32 resolves numbers around 11 to 1e-6. As sum (p_s - p_t) = 0,
 
-    KL = sum p_t phi(d),   d = log p_s - log p_t,   phi(x) = exp(x) - 1 - x >= 0,
+    KL = sum p_t phi(r),   r = log p_s - log p_t,   phi(x) = exp(x) - 1 - x >= 0,
 
 a sum of terms of one sign, each of the size of the result. Likewise log p is kept as two numbers:
 s - logmeanexp(s), about 0.1, which float32 holds to 1e-8, and the constant -log m.
@@ -34,13 +34,14 @@ def exp_minus_one_minus(x):
     return torch.where(x.abs() < 0.05, series, torch.expm1(x) - x)
 
 
-def kl_terms(p_s, p_t, d):
-    """p_t phi(d) with d = log(p_s / p_t): the terms whose sum is the KL.
+def kl_terms(p_s, p_t, r):
+    """p_t phi(r) with r = log(p_s / p_t): the terms whose sum is the KL.
 
-    Far apart exp(d) may overflow and p_t underflow, but there the difference does not cancel.
+    For |r| >= 1 they are p_s - p_t (1 + r): exp(r) may overflow there, and nothing cancels.
     """
-    near = p_t * exp_minus_one_minus(d.clamp(-1, 1))  # lest its overflow make a gradient nan
-    return torch.where(d.abs() < 1, near, p_s - p_t * (1 + d))
+    # autograd also goes through the branch that ``where`` drops, so r is clamped in it
+    near = p_t * exp_minus_one_minus(r.clamp(-1, 1))
+    return torch.where(r.abs() < 1, near, p_s - p_t * (1 + r))
 
 
 def cross_entropy(student_logits, teacher_logits):

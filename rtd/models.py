@@ -19,7 +19,6 @@ another is asked for.
 
 from collections import OrderedDict
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from rtd.init import init_encoder_, init_head_
 
 # torchvision is imported where it is used: that takes as long as torch, and --help needs none.
 
-NORMS = {  # of C channels; all with a gain and a bias for each channel
+NORMS = {  # layers of C channels; all but "none" have a gain and a bias for each
     "batch": nn.BatchNorm2d,
     "instance": lambda channels: nn.GroupNorm(channels, channels),
     "group8": lambda channels: nn.GroupNorm(channels // 8, channels),  # 8 channels a group
@@ -68,11 +67,13 @@ def _narrow_resnet(blocks, norm, image_size):
 
     norm = NORMS[norm or "batch"]
     layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), norm(16), nn.ReLU(inplace=True)]
-    for width, planes in pairwise([16] * (blocks + 1) + [32] * blocks + [64] * blocks):
+    width = 16
+    for planes in [16] * blocks + [32] * blocks + [64] * blocks:
         stride, shortcut = planes // width, None  # 2 where a stage begins, at half the resolution
         if stride == 2:
             shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, 2, bias=False), norm(planes))
         layers.append(BasicBlock(width, planes, stride, shortcut, norm_layer=norm))
+        width = planes
     encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder.embedding_dim = 64
     return encoder
@@ -110,8 +111,8 @@ def build_encoder(encoder, norm=None, image_size=32):
     """The encoder called ``encoder``, on the meta device: it has shapes, but no values.
 
     norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in
-    pixels. The encoder's ``embedding_dim`` is the width of its output. Raises InputError for
-    unknown encoders, and for norms and sizes that a ViT cannot have.
+    pixels, at least 32 for a VGG. The encoder's ``embedding_dim`` is the width of its output.
+    Raises InputError for unknown encoders, and for norms and sizes that a ViT cannot have.
     """
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder '{encoder}': choose one of {', '.join(ENCODERS)}")
@@ -127,7 +128,7 @@ class Network(nn.Module):
         self.encoder, self.head = encoder, head
 
     def bottleneck(self, images):
-        """(B, 3, H, W) normalised images -> (B, K) float32 that the head's last layer sees."""
+        """(B, 3, H, W) normalised images -> (B, K) float32, the input of the head's last layer."""
         return self.head.bottleneck(self.encoder(images))
 
     def forward(self, images):

@@ -38,7 +38,7 @@ KL = {"kl": "distillation loss"}
 def draw(make, arguments, file, format="png"):
     """Write the figure make(*arguments) into ``file``, a path or binary file.
 
-    The same data give the same bytes, whatever matplotlib's settings are, which stay.
+    The same data give the same bytes, whatever matplotlib's settings are; they stay as they were.
     """
     from matplotlib import style
 
@@ -89,7 +89,7 @@ def _samples(rows, x, y, *keys):
 
 
 def _history(logs, column, first=0, x="epoch"):
-    """{x: [value of each log]} where all have one from epoch ``first`` on, or the start alone."""
+    """{x: [value of each log]} where all have one, from epoch ``first`` on; or the start alone."""
     rows = [row for log in logs for row in log if row["epoch"] >= first or len(log) == 1]
     found = _samples(rows, x, column).get((), {})
     return {x: values for x, values in found.items() if len(values) == len(logs)}
@@ -102,7 +102,7 @@ def best_and_final(rows, column):
 
 
 def _log_scale(axis):
-    """A KL's ticks can be read whatever its range; what is as good as zero is off the scale."""
+    """A log scale with readable ticks, which cuts off values below 1e-4 of the largest."""
     if axis.dataLim.y1 > 0:
         axis.set_yscale("log")
         low, high = axis.get_ylim()
@@ -286,7 +286,7 @@ def lmc(rows, title=""):
     return figure
 
 
-def _map(axis, xs, ys, grid, norms, networks, label, true):
+def _map(axis, xs, ys, grid, norms, networks, label, orthogonal):
     """``grid`` (H, W) in colours, contours of ``norms``, and the networks."""
     from matplotlib.colors import LogNorm
     from matplotlib.patheffects import withStroke
@@ -299,9 +299,9 @@ def _map(axis, xs, ys, grid, norms, networks, label, true):
     image = axis.pcolormesh(xs, ys, grid, **look)
     axis.figure.colorbar(image, ax=axis, label=label, extend=extend)
     axis.clabel(axis.contour(xs, ys, norms, 5, colors="white", linewidths=0.6), fontsize=7)
-    kind = "distance" if true else "interpolation"
+    kind = "distance" if orthogonal else "interpolation"
     axis.set(xlabel=f"x ({kind}); contours: |theta|", ylabel=f"y ({kind})")
-    axis.set_box_aspect(np.clip(np.ptp(ys) / np.ptp(xs), 0.25, 2) if true else 1)
+    axis.set_box_aspect(np.clip(np.ptp(ys) / np.ptp(xs), 0.25, 2) if orthogonal else 1)
     look = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
     look |= {"fontsize": 11, "ha": "center", "va": "center", "textcoords": "offset points"}
     for place, name in networks.items():

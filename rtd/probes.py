@@ -1,10 +1,11 @@
-"""How good are the features? Linear and k-NN probes of an encoder's embedding (sections 3 and C.1).
+"""How good are the features? Linear and k-NN probes of an embedding (section 3, App. C.1).
 
-Features are the encoder's output in eval mode, extracted once and not normalised. The protocol is
-the paper's. The linear probe is a linear classifier trained with AdamW (torch's defaults: lr 0.001,
-weight decay 0.01) for 10 epochs of batches of 256, and judged after the last. The k-NN probe is the
-majority of the 20 nearest training features in Euclidean distance. The input baseline puts the
-normalised pixels through the same two probes.
+Features are the encoder's output in eval mode, extracted once and not normalised. The linear probe
+is a linear layer trained with AdamW (torch's defaults: lr 0.001, weight decay 0.01) for 10 epochs
+of batches of 256, as in the authors' code, and judged after the last. The k-NN probe is the
+majority of the 20 nearest training features in Euclidean distance. One seed serves all probes of a
+run, so that equal features give equal accuracies. The input baseline puts the normalised pixels
+through the same two probes.
 """
 
 import math

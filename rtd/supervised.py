@@ -27,7 +27,7 @@ def sgd(classifier, lr):
 
 
 def draw_augmentation(n, generator):
-    """(n, 3): of each image the crop's top and left, in 0 ... 2 PADDING, and a flip, 0 or 1."""
+    """(n, 3): for each image the crop's top and left, in 0 ... 2 PADDING, and a flip, 0 or 1."""
     corners = torch.randint(2 * PADDING + 1, (n, 2), generator=generator)
     return torch.cat([corners, torch.randint(2, (n, 1), generator=generator)], 1)
 
@@ -90,7 +90,7 @@ class SupervisedLoss(nn.Module):
         self.draws = draw_augmentation(len(images), generator).to(images.device)
 
     def after_step(self):
-        """Nothing; run_imp.py puts ``rtd.pruning.apply_masks_`` here."""
+        """Nothing; a pruned network's is replaced by ``rtd.pruning.apply_masks_`` (run_imp.py)."""
 
     def forward(self, index, observe=False, precision="fp32"):
         """index: (B,) positions of training images -> (mean cross-entropy,)."""

@@ -63,7 +63,7 @@ def test_orthogonal_basis_is_that_of_the_plane_also_where_directions_are_nearly_
     b = a | {name: (1 - apart) * a[name] + apart * other[name] for name in names()}
     plane = Plane([t, a, b], names(), "orthogonal")
     d = np.stack([flat(a) - flat(t), flat(b) - flat(t)], 1).astype(np.longdouble)
-    e = d @ plane.basis.numpy()  # (parameters, 2)
+    e = d @ plane.to_pq.numpy()  # (parameters, 2)
     np.testing.assert_allclose((e.T @ e).astype(float), np.eye(2), rtol=0, atol=1e-10)
     assert e[:, 0] @ d[:, 0] > 0 and e[:, 1] @ d[:, 1] > 0  # unique signs
     across = e[:, 1] @ d[:, 0]  # the first axis is along the first difference
