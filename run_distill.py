@@ -32,7 +32,7 @@ from rtd.harness.console import progress
 from rtd.harness.datasets import DATASETS, LABELLED, fingerprints
 from rtd.harness.run import Run
 from rtd.harness.signals import deferred
-from rtd.harness.training import Training, judge
+from rtd.harness.training import Training, probe_encoder
 from rtd.head import PAPER_SLOTS
 from rtd.init import init_student_, random_stream
 from rtd.last_layer import LOSSES, LastLayerLoss
@@ -40,8 +40,8 @@ from rtd.models import ENCODERS, NORMS, build_network, parameter_count, random_n
 from rtd.plots import PROBE_TITLES, best_and_final, curves
 from rtd.probes import PROBES
 
-COLUMNS = ("epoch", "step", *LastLayerLoss._fields, *sweeps.DISTANCES)
-COLUMNS += (*sweeps.probe_columns(PROBES), "images_per_second", "seconds")
+COLUMNS = ("epoch", "step", "loss", "kl", "teacher_entropy", "student_entropy", *sweeps.DISTANCES)
+COLUMNS += (*sweeps.probe_columns(PROBES), "images_per_second", "seconds")  # student_linear ...
 PRODUCTS = ("log.csv", "checkpoint.pt", "best.pt", "curves.*")
 NO_WEIGHT_NORM = "-/lb/fn/-/l/-"
 
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--batch-size", positive_int, 256, "images per step, over all processes; use smaller batches on small data sets")
     add("--lr", positive_float, 0.001, "* learning rate of AdamW, constant")
     add("--seed", non_negative_int, 0, "* seed of all random numbers; several give mean and standard deviation")
-    add("--epochs-of", positive_int, None, "images counted as one epoch, so that subsets of all sizes take equally many steps (Fig. 4)")
+    add("--epochs-of", positive_int, None, "images counted as one epoch, so that subsets of all sizes see about equally many images (Fig. 4)")
     add("--loss", LOSSES, "ce", "what is minimised; ce and kl have the same gradient, ce is cheaper")
     add("--beta", non_negative_float, 0.0, "weight of the labels' cross-entropy; 0 sees no label")
     add("--teacher-temperature", positive_float, 1.0, "divisor of the teacher's outputs")
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     parser.add_device_flags()
     parser.add_output_flags()
     add = parser.group("log")
-    add("--probe-every", positive_int, 1, "epochs between two probes; the first and the last epoch are always probed")
+    add("--probe-every", positive_int, 1, "epochs between two probes; the start and the last epoch are always probed")
     add("--log-every", positive_int, 30, "steps between two at which KL and entropies are computed, at least 5 an epoch; the loss is the mean over all")
     # fmt: on
     args = parser.parse(argv, *sweeps.SWEPT)
@@ -107,8 +107,8 @@ def main(args, device, world):
     if not sweeps.varied(args):
         distill(planned[0], device, world)
     else:
-        about = title(planned[0], sweeps.varied(args))
-        sweeps.run(args, planned, device, world, distill, PRODUCTS, about)
+        heading = title(planned[0], sweeps.varied(args))
+        sweeps.run(args, planned, device, world, distill, PRODUCTS, heading)
 
 
 def model_of(args):
@@ -135,44 +135,45 @@ def distill(args, device, world):
 
     # The run folder refuses, begins, or is continued from where its checkpoint stands.
     reads = fingerprints(data) | fingerprints(probed, " of the probes")
-    run = Run(args, device, world, PRODUCTS, ["epochs"], reads, [args.teacher])
+    run = Run(args, device, world, PRODUCTS, ["epochs"], images=reads, networks=[args.teacher])
     run.args = args = count_epochs(args, len(data.train))  # only now: Run compares flags as given
     teacher.to(device), student.to(device)
-    about = {"model": model, "data": data.source, "student_init": student_init}
-    about |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
+    contents = {"model": model, "data": data.source, "student_init": student_init}
+    contents |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
     earlier = {"rows": [], "best": -1, "seconds": 0}
     if saved := run.load("checkpoint.pt", "log.csv", "checkpoint"):
         student.load_state_dict(saved["student"])
         teacher.load_state_dict(saved["teacher"])  # with --ema it has moved
-        earlier = taken_up(saved["progress"], run)
+        earlier = resumed(saved["progress"], run)
     rows = earlier["rows"]
     if len(rows) > args.epochs:
         run.say("all epochs are done")
         return report(run, rows)
     size = f"{parameter_count(student) / 1e6:.1f}M parameters"
     run.say(f"{title(args)}; {size}; {run.config['device']}")
-    same, data = probed.train is data.train, data.to(device)
-    probed = data if same else probed.to(device)  # not twice in a GPU's memory
+    shared, data = probed.train is data.train, data.to(device)
+    probed = data if shared else probed.to(device)  # not twice in a GPU's memory
 
-    options = args.loss, args.student_temperature, args.beta, args.compile
-    distiller = Distiller(student, make_target(teacher, data, run), data, *options)
+    options = {"kind": args.loss, "temperature": args.student_temperature, "beta": args.beta}
+    target = make_target(teacher, data, run)
+    distiller = Distiller(student, target, data, **options, compiled=args.compile)
     optimizer = adamw(student, args.lr, args.weight_decay, args.bias_decay)
-    training = Distillation(distiller, optimizer, run, about, earlier)
+    training = DistillationTraining(distiller, optimizer, run, contents, earlier)
     if saved:
         training.load_state(earlier["training"])
         run.say(f"resumed after step {training.step}")
-    else:
-        cli.note_steps(args, probed, world)
+    cli.note_steps(args, probed, world)
 
     encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": None}
     moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
     for epoch in range(len(rows), args.epochs + 1):
         with training.saving(training.save):
-            means = training.run_epoch(epoch) if epoch else training.start()
+            means = training.run_epoch(epoch) if epoch else training.evaluate_start()
+            world.broadcast(teacher.buffers())  # with --ema each process moves its own
             row = LastLayerLoss(*means)._asdict() | distance(student, student_init)
             if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
                 for name in moving if epoch else encoders:
-                    found = judge(encoders[name], probed, args, world)
+                    found = probe_encoder(encoders[name], probed, args, world)
                     row |= {f"{name}_{probe}": accuracy for probe, accuracy in found.items()}
             training.log(row)
     report(run, rows)
@@ -184,8 +185,8 @@ def make_target(teacher, data, run):
         return MovingTeacher(teacher, run.args.ema, run.args.teacher_temperature)
     run.say(f"asking the teacher about {len(data.train)} images")
     shown = partial(progress, description="asking the teacher", unit="batches")
-    about = teacher, data.mean, data.std, run.args.teacher_temperature
-    answer = partial(teacher_answers, *about, progress=shown)
+    options = data.mean, data.std, run.args.teacher_temperature
+    answer = partial(teacher_answers, teacher, *options, progress=shown)
     # once: images are not augmented, so its answer to an image never changes
     return FrozenTeacher(teacher, run.world.map_rows(answer, data.train.images))
 
@@ -199,29 +200,32 @@ def count_epochs(args, images):
     return argparse.Namespace(**flags)
 
 
-def taken_up(progress, run):
-    """``progress`` of the sessions of a run before this one, for this one's --epochs."""
+def resumed(progress, run):
+    """The ``progress`` of earlier sessions; log.csv is written anew from it.
+
+    Refuses fewer --epochs than were begun. A last epoch that was not probed is to end again.
+    """
     rows, begun, epochs = progress["rows"], progress["training"]["epoch"], run.args.epochs
     if begun > epochs:
-        raise InputError(f"--epochs {epochs}: {run.folder} has begun epoch {begun} already")
+        raise InputError(f"--epochs: {epochs} are too few, {run.folder} has begun epoch {begun}")
     columns = [f"student_{probe}" for probe in run.args.probe]
     if len(rows) > epochs and any(rows[-1][column] is None for column in columns):
-        rows.pop()  # the last epoch ends again, without a step, and is probed
+        rows.pop()  # without a step
     run.table("log.csv", COLUMNS, rows)
     return progress
 
 
-class Distillation(Training):
+class DistillationTraining(Training):
     """Training that logs each epoch, keeps the best student and saves all of it."""
 
-    def __init__(self, distiller, optimizer, run, networks, earlier):
-        """networks: state dicts whose tensors are the networks' own, so that they follow training.
+    def __init__(self, distiller, optimizer, run, contents, earlier):
+        """contents: of every checkpoint; the state dicts hold the networks' own tensors.
 
         earlier: what earlier sessions left: the rows of log.csv, to which new ones are added, the
         best accuracy and the seconds.
         """
         super().__init__(distiller, optimizer, (run.args.seed,), run, run.args.out.name)
-        self.networks = networks | {"config": run.config}
+        self.base = contents | {"config": run.config}
         self.rows, self.best, self.best_contents = earlier["rows"], earlier["best"], None
         self.began = time.perf_counter() - earlier["seconds"]  # as if there had been one session
         if self.best >= 0 and not (run.folder / "best.pt").exists():
@@ -232,15 +236,15 @@ class Distillation(Training):
         """Log the row of an epoch; keep the best student; save where it is due."""
         epoch, epochs = len(self.rows), self.args.epochs
         once = "input" if self.args.ema else ("input", "teacher")  # probed before training
-        first = self.rows[0] if epoch else {}
-        row = {c: first.get(c) if c.startswith(once) else None for c in COLUMNS} | row
+        start = self.rows[0] if epoch else {}
+        row = {c: start.get(c) if c.startswith(once) else None for c in COLUMNS} | row
         row |= {"epoch": epoch, "step": self.step, "seconds": time.perf_counter() - self.began}
         row["images_per_second"] = self.images_per_second
         self.rows.append(row)
         found = {p: x for p in self.args.probe if (x := row[f"student_{p}"]) is not None}
-        first = next(iter(found.values()), -1)  # the first probe decides which epoch is the best
-        if epoch and first > self.best:
-            self.best, self.best_contents = first, copy.deepcopy(self.contents())
+        deciding = next(iter(found.values()), -1)  # of the first probe
+        if epoch and deciding > self.best:
+            self.best, self.best_contents = deciding, copy.deepcopy(self.contents())
         if self.run.save_is_due(epoch, epochs):
             self.save()
         self.run.table("log.csv", COLUMNS, self.rows)
@@ -253,7 +257,7 @@ class Distillation(Training):
 
     def contents(self):
         """The networks as they are and how far training went: what every checkpoint holds."""
-        return self.networks | {"epoch": len(self.rows) - 1, "step": self.step}
+        return self.base | {"epoch": len(self.rows) - 1, "step": self.step}
 
     def save(self):
         """best.pt, if there is a better one, and checkpoint.pt, also in the middle of an epoch."""
@@ -270,7 +274,7 @@ class Distillation(Training):
 def report(run, rows):
     """Draw and say what the finished run has found."""
     run.draw("curves", curves, [rows], title(run.args))
-    for probe in run.args.probe if run.world.is_main else ():  # which alone has their results
+    for probe in run.args.probe if run.world.is_main else ():  # only there are their results
         pixels, teacher = (rows[-1][f"{of}_{probe}"] for of in ("input", "teacher"))
         best, last = best_and_final(rows, f"student_{probe}")
         words = f"input pixels {pixels:.2f}, teacher {teacher:.2f}, student {last:.2f}"

@@ -1,8 +1,9 @@
 """Lottery tickets by iterative magnitude pruning (paper section 6, App. E.5; Fig. 8).
 
 Train with labels, prune the smallest weights, rewind the others to where they were at epoch l,
-train again. From a random start this needs l > 0 or loses accuracy; from a student, distilled
-without labels, the paper finds that l = 0 suffices: its weights already hold the winning tickets.
+train again. From a random start, a sparse network keeps its accuracy only with l > 0; from a
+student, distilled without labels, the paper finds that l = 0 suffices: its weights already hold the
+winning tickets.
 
     python run_imp.py --encoder resnet20 --epochs 4 --rounds 3           # digits, about a minute
     # runs/r18: run_distill.py --dataset cifar10 --data-dir data --encoder resnet18
@@ -11,12 +12,11 @@ without labels, the paper finds that l = 0 suffices: its weights already hold th
     torchrun --nproc-per-node=4 run_imp.py ...            # the processes share the chains
 
 A chain is a start and a rewind epoch, and with --control shuffle also the same with shuffled masks.
-In imp.csv, sparsity and remaining_parameters count only what --prune says may be pruned.
-Writes config.json, imp.csv (a row a round), imp.png and, in chains/, what --resume needs.
+Writes config.json, imp.csv (a row a round), imp.png and, in chains/, what --resume needs. In
+imp.csv, sparsity and remaining_parameters count only what --prune says may be pruned.
 """
 
 import itertools
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--out", Path, Path("runs/imp"), "folder of the run")
     parser.add_file_flags()
     add = parser.group("pruning")
-    add("--rewind-epoch", cli.non_negative_int, 0, "* epoch to whose weights a round rewinds, 0 is the start; the paper has 0, 1, 2, 5; each is a chain")
+    add("--rewind-epoch", cli.non_negative_int, 0, "* epoch to which a round rewinds weights, batch norm, momentum and schedule; 0 is the start; the paper has 0, 1, 2, 5; each is a chain")
     add("--prune-fraction", cli.fraction, 0.2, "share of the remaining weights that a round prunes")
     add("--prune", pruning.PRUNE, "weights", "parameters that may be pruned: weights of convolutions and linear layers, or all, as the authors did; the smallest go first")
     add("--control", ("none", "shuffle"), "none", "further chains with each mask shuffled within its layers: if they do as well, the mask does not matter")
@@ -93,8 +93,7 @@ def main(args, device, world):
 
     def do(unit, run):
         for chain in unit if args.control == "shuffle" else unit[:1]:
-            for _ in run_chain(chain, data, run):  # after each round
-                run.concatenate("imp.csv", COLUMNS, tables)
+            run_chain(chain, data, run, lambda: run.concatenate("imp.csv", COLUMNS, tables))
 
     def finish(diverged):
         if rows := run.concatenate("imp.csv", COLUMNS, tables):
@@ -103,19 +102,20 @@ def main(args, device, world):
     run.for_each(units, do, "chain", finish)
 
 
-def run_chain(chain, data, run):
-    """Train, prune, rewind, train again. Yields after each round."""
+def run_chain(chain, data, run, after_round):
+    """Train, prune, rewind, train again. after_round: called after each round."""
     args, table = run.args, f"{chain.file}.csv"
     training = SupervisedTraining(chain.start, data, (args.seed,), run, str(chain))
     weights = pruning.prunable(training.classifier, args.prune)
     masks, rewind = pruning.dense_masks(weights), None
     total = pruning.remaining(masks)
     rows, kept = [], []  # of each round; kept: how many weights of each layer
+    # a control's table is written before its state, from round 0 of the chain that it controls
     saved = run.load(f"{chain.file}.pt", None if chain.control else table)
-    if chain.control:  # it shares round 0 of its chain, and keeps as many weights of each layer
-        pruned = run.load(f"{chain._replace(control=None).file}.pt")
-        first = pruned | {"rows": [pruned["rows"][0] | {"control": chain.control}]}
-        saved = (saved or first) | {"kept": pruned["kept"]}
+    if chain.control:  # it keeps as many weights of each layer as that chain
+        controlled = run.load(f"{chain._replace(control=None).file}.pt")
+        first = controlled | {"rows": [controlled["rows"][0] | {"control": chain.control}]}
+        saved = (saved or first) | {"kept": controlled["kept"]}
     if saved:
         rows, rewind, masks, kept = (saved[k] for k in ("rows", "rewind", "masks", "kept"))
         masks = {name: mask.to(run.device) for name, mask in masks.items()}
@@ -140,13 +140,13 @@ def run_chain(chain, data, run):
                 left = pruning.kept_after(total, args.prune_fraction, round_)
                 masks = pruning.prune_smallest(masks, weights, left)
             training.load_state(rewind)
-        if round_:  # what the mask prunes becomes 0 again after every step of the optimizer
-            training.loss.after_step = partial(pruning.apply_masks_, weights, masks)
+        if round_:  # from here on, after every step too
+            training.loss.pruned = weights, masks
             training.loss.after_step()
         for done in training.epochs(save):
             if done == chain.rewind_epoch and rewind is None:
                 rewind = training.state()
-            if done == args.epochs:  # here, not after the loop: its last save must hold the row
+            if done == args.epochs:  # in the loop, as the save that follows must hold the row
                 new = training.accuracies[chain.rewind_epoch if round_ else 0 :]  # of this round
                 left = pruning.remaining(masks)
                 before = rewind["seconds"] if round_ else 0
@@ -158,7 +158,7 @@ def run_chain(chain, data, run):
                 words = f"{left / total:.1%} of the weights, test accuracy {new[-1]:.2f} %"
                 run.say(f"{chain}, round {round_}: {words} (best {max(new):.2f} %)")
         run.table(table, COLUMNS, rows)
-        yield
+        after_round()
 
 
 if __name__ == "__main__":

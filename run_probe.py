@@ -18,7 +18,7 @@ from rtd.harness import cli, files
 from rtd.harness.checkpoint import ROLES, check_model, load_checkpoint, load_network
 from rtd.harness.run import check_output, lock
 from rtd.harness.sweeps import plus_minus
-from rtd.harness.training import judge
+from rtd.harness.training import probe_encoder
 from rtd.probes import PROBES
 
 PROBED = (*ROLES, "input")
@@ -67,11 +67,11 @@ def main(args, device, world):
             if network == "input":
                 key = normalised.mean, normalised.std  # most checkpoints have the same
                 if key not in pixels:
-                    pixels[key] = judge(None, normalised, args, world)
+                    pixels[key] = probe_encoder(None, normalised, args, world)
                 values = pixels[key]
             else:
                 encoder = load_network(contents, network, device).encoder
-                values = judge(encoder, normalised, args, world)
+                values = probe_encoder(encoder, normalised, args, world)
             row = dict(zip(COLUMNS, (*origin, network), strict=False))
             rows.append(dict.fromkeys(COLUMNS) | row | values)
             if world.is_main:

@@ -131,7 +131,8 @@ class Distiller(nn.Module):
         workspace = self._workspace if weight.grad is None else None  # else that lies in it
         dtype = torch.bfloat16 if precision == "bf16" else None  # of products with the weights
         options = self.kind, last.weight_norm, dtype, observe, workspace
-        result = last_layer_loss(z, weight, *self.teacher.answer(images, index), *options)
+        z_t, weight_t, lme_t = self.teacher.answer(images, index)
+        result = last_layer_loss(z, weight, z_t, weight_t, lme_t, *options)
         if self.beta:
             logits = F.linear(z * self.temperature, last.normalized_weight())
             labelled = F.cross_entropy(logits, train.labels[index])

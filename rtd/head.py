@@ -74,7 +74,9 @@ class L2Bottleneck(nn.Module):
         return z
 
     def normalized_weight(self):
-        """(out_dim, bottleneck_dim): V~, normalised at every call, or V where it is raw."""
+        """(out_dim, bottleneck_dim): V~, or V where it is raw. (In training, the student's is
+        normalised in ``rtd.last_layer``.)
+        """
         weight = self.last_layer.weight
         return F.normalize(weight, dim=1) if self.weight_norm else weight
 

@@ -26,7 +26,7 @@ def init_encoder_(encoder, generator):
     Fan-out mode and the gain sqrt(2) are torchvision's for ResNet. Norm layers start as the
     identity, also at the end of a residual branch. In a ViT, query, key and value are a linear
     layer each; the class token starts at 0 and the position embedding as N(0, 0.02^2),
-    torchvision's. Raises ValueError for other layers with parameters.
+    torchvision's. Raises ValueError for other layers with parameters or buffers.
     """
     options = {"mode": "fan_out", "nonlinearity": "relu", "generator": generator}
     for module in encoder.modules():
@@ -43,8 +43,10 @@ def init_encoder_(encoder, generator):
             nn.init.normal_(module.encoder.pos_embedding, std=0.02, generator=generator)
         elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             module.reset_parameters()  # draws nothing
-        elif [*module.parameters(recurse=False)] and not hasattr(module, "pos_embedding"):
-            raise ValueError(f"{type(module).__name__} has parameters that nobody initialises")
+        elif hasattr(module, "pos_embedding"):  # set with the class token
+            continue
+        elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            raise ValueError(f"{type(module).__name__} has tensors that nobody initialises")
     return encoder
 
 

@@ -93,8 +93,8 @@ def _vit(width, heads, norm, image_size):
     return model
 
 
-# name: a function (norm or None for its own, image_size) -> module from images to embeddings,
-# that has their width as ``embedding_dim``
+# name: a function (norm or None for its own, image_size) -> module from images to embeddings that
+# has their width as ``embedding_dim`` and whose layers ``init_encoder_`` knows
 ENCODERS = {
     **{name: partial(_vgg, name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},

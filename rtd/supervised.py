@@ -12,6 +12,7 @@ from torch import nn
 
 from rtd.init import init_linear_, random_stream
 from rtd.models import autocast, build_encoder, materialize
+from rtd.pruning import apply_masks_
 
 PADDING = 4  # pixels
 
@@ -82,6 +83,7 @@ class SupervisedLoss(nn.Module):
         """data: a ``Dataset`` on the classifier's device. stream: seed and names of a stream."""
         super().__init__()
         self.classifier, self.data, self.stream = classifier, data, stream
+        self.pruned = {}, {}  # arguments of ``apply_masks_``, for a lottery ticket
 
     def begin_epoch(self, epoch):
         """Draw the augmentation of ``epoch``, from 1; row i is for image i in any batch order."""
@@ -90,7 +92,8 @@ class SupervisedLoss(nn.Module):
         self.draws = draw_augmentation(len(images), generator).to(images.device)
 
     def after_step(self):
-        """Nothing; a pruned network's is replaced by ``rtd.pruning.apply_masks_`` (run_imp.py)."""
+        """What is pruned becomes 0 again."""
+        apply_masks_(*self.pruned)
 
     def forward(self, index, observe=False, precision="fp32"):
         """index: (B,) positions of training images -> (mean cross-entropy,)."""

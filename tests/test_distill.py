@@ -154,7 +154,7 @@ def test_the_start_is_judged_with_batch_statistics_and_changes_nothing(generator
     student, args = distiller.student, SimpleNamespace(batch_size=6)
     before = copy.deepcopy(student.state_dict())
     run = SimpleNamespace(args=args, world=World(), device=torch.device("cpu"))
-    loss, kl, entropy, _ = Training(distiller, None, (0,), run, "").start()
+    loss, kl, entropy, _ = Training(distiller, None, (0,), run, "").evaluate_start()
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     parts = torch.arange(10).split(6)
     expected = sum(len(i) * plain_loss(teacher, student, x[i]).item() for i in parts) / 10

@@ -47,8 +47,9 @@ def test_every_parameter_and_buffer_is_written():
 
 
 def test_a_layer_that_is_not_known_is_refused(generator):
-    with pytest.raises(ValueError, match="PReLU"):
-        init_encoder_(nn.Sequential(nn.PReLU()), generator)
+    for layer in (nn.PReLU(), nn.InstanceNorm2d(4, track_running_stats=True)):
+        with pytest.raises(ValueError, match=type(layer).__name__):
+            init_encoder_(nn.Sequential(layer), generator)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-10, 0.2, 0.5, 0.9, 1.0])

@@ -1,7 +1,4 @@
-"""One loop for distillation and supervised training, which can stop and go on at any step.
-
-All processes extract features for the probes together, and the main one judges them.
-"""
+"""One loop for distillation and supervised training, which can stop and go on at any step."""
 
 import contextlib
 import copy
@@ -83,7 +80,7 @@ class Training:
                 self._step(batch)
         self.world.broadcast(self.loss.buffers())  # batch norm's statistics: the main process's
         means = [self._mean(self.losses, batches)]
-        if self.observed:
+        if self.observed:  # KL and entropies
             means += self._mean(self.observed, [batches[i] for i in self.observed_steps])
         finite = [x.isfinite().all() for x in (means[0], *self.loss.parameters())]
         if not torch.stack(finite).all():  # one wait for a GPU, not one for each parameter
@@ -94,8 +91,8 @@ class Training:
         return means
 
     @torch.no_grad()
-    def start(self):
-        """The means of ``run_epoch`` before any step.
+    def evaluate_start(self):
+        """The means of ``run_epoch`` before any step: epoch 0.
 
         Batch norm sees batch statistics as in training, and its running ones do not move.
         """
@@ -121,8 +118,8 @@ class Training:
             # on a GPU, reading the loss would wait for the step: there the epoch's end finds out
             if self.device.type == "cpu" and self.world.size == 1 and not loss.isfinite():
                 self._diverged()
-            # What the loss's after_step has not dropped itself. Supervised training keeps gradients
-            # until here: dropped earlier, their memory would go back to the system.
+            # Distillation has dropped its gradients in after_step. Supervised training keeps them
+            # until here, as their memory would go back to the system.
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
@@ -138,20 +135,23 @@ class Training:
         return self.world.average(mean)
 
     def _diverged(self):
-        step = min(len(self.losses) + 1, self.steps)
+        bad = [step for step, loss in enumerate(self.losses, 1) if not loss.isfinite()]
+        step = bad[0] if bad else min(len(self.losses) + 1, self.steps)
         hint = ", or --precision fp32" if self.args.precision == "bf16" else ""
-        raise Diverged(
-            f"{self.name}: the loss is not finite in epoch {self.epoch}, step {step}; "
+        error = Diverged(
+            f"{self.name}: the loss or a weight is not finite in epoch {self.epoch}, step {step}; "
             f"try a smaller --lr than {self.args.lr:g}{hint}"
         )
+        error.everywhere = self.world.size > 1
+        raise error
 
     def state(self):
-        """What decides how training goes on, but for the module's own state."""
+        """What decides how training goes on, but for the module's own state; not a copy."""
         state = {"epoch": self.epoch, "losses": self.losses, "observed": self.observed}
         return state | {"optimizer": self.optimizer.state_dict()["state"]}
 
     def load_state(self, state):
-        """Go back, or on, to a ``state``, which stays as it is."""
+        """Continue from ``state``, which is not changed."""
         self.epoch = state["epoch"]
         self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.observed = [values.to(self.device) for values in state["observed"]]
@@ -165,13 +165,13 @@ def probe_options(args):
     return {"probes": args.probe, "k": args.k, "epochs": args.probe_epochs, "seed": args.seed}
 
 
-def judge(encoder, data, args, world):
+def probe_encoder(encoder, data, args, world):
     """``rtd.probes.probe`` of an encoder's features, or of the pixels (None); {} outside main.
 
     All processes extract the features together.
     """
     splits = data.train.images, data.test.images
-    if encoder:
+    if encoder is not None:
         shown = partial(progress, description="features", unit="batches")
         options = {"mean": data.mean, "std": data.std, "precision": args.precision}
         embed = partial(extract_features, encoder, **options, progress=shown)
@@ -203,7 +203,7 @@ class SupervisedTraining(Training):
         self.classifier = classifier.to(run.device)
         loss = SupervisedLoss(classifier, self.data, stream)
         super().__init__(loss, sgd(classifier, run.args.lr), stream, run, name)
-        self.accuracies, self.seconds = [], 0.0  # on the test split after each epoch; of all epochs
+        self.accuracies, self.seconds = [], 0.0  # test accuracy after each epoch; time of them all
 
     def epochs(self, save):
         """Train to the end of the schedule, test after each epoch, ``save()`` where it is due.
@@ -227,12 +227,12 @@ class SupervisedTraining(Training):
                 save()
 
     def state(self):
-        """A copy of everything that decides how training goes on."""
+        """A copy of everything that decides how training goes on, to rewind to it."""
         state = super().state() | {"accuracies": self.accuracies, "seconds": self.seconds}
         return copy.deepcopy(state | {"classifier": self.classifier.state_dict()})
 
     def load_state(self, state):
-        """Go back, or on, to a ``state``, which stays as it is."""
+        """Continue from ``state``, which is not changed."""
         self.classifier.load_state_dict(state["classifier"])
         super().load_state(state)
         self.accuracies, self.seconds = list(state["accuracies"]), state["seconds"]
