@@ -41,7 +41,7 @@ def init_encoder_(encoder, generator):
         elif hasattr(module, "class_token"):  # torchvision's VisionTransformer
             nn.init.zeros_(module.class_token)
             nn.init.normal_(module.encoder.pos_embedding, std=0.02, generator=generator)
-        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+        elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)):
             module.reset_parameters()  # draws nothing
         elif hasattr(module, "pos_embedding"):  # set with the class token
             continue

@@ -31,7 +31,7 @@ from rtd.init import init_encoder_, init_head_
 
 NORMS = {  # layers of C channels; all but "none" have a gain and a bias for each
     "batch": nn.BatchNorm2d,
-    "instance": lambda channels: nn.GroupNorm(channels, channels),
+    "instance": partial(nn.InstanceNorm2d, affine=True),
     "group8": lambda channels: nn.GroupNorm(channels // 8, channels),  # 8 channels a group
     "layer": lambda channels: nn.GroupNorm(1, channels),
     "none": nn.Identity,

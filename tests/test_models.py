@@ -64,13 +64,24 @@ def test_resnet18_does_not_pool_before_its_first_stage():
     assert encoder.maxpool(encoder.conv1(images)).shape == (2, 64, 32, 32)
 
 
+GROUPED = {"instance": 1, "group8": 8, "layer": None}  # channels that share mean and variance
+
+
 @pytest.mark.parametrize("encoder", ["vgg11", "resnet18", "resnet20"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_norm_layers_stand_behind_each_convolution_with_groups_of_the_size_asked_for(encoder, norm):
+def test_norm_layers_stand_behind_each_convolution_with_groups_of_the_size_asked_for(
+    encoder, norm, generator
+):
     modules = [*build_encoder(encoder, norm).modules()]
     channels = [m.out_channels for m in modules if isinstance(m, nn.Conv2d)]
-    norms = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+    norms = [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm))]
     assert [m.weight.numel() for m in norms] == channels * (norm != "none")
-    if norm in ("instance", "group8", "layer"):
-        sizes = [{"instance": 1, "group8": 8, "layer": n}[norm] for n in channels]
-        assert [m.num_channels // m.num_groups for m in norms] == sizes
+    for layer, n in zip(norms, channels, strict=norm != "none"):
+        if norm not in GROUPED:
+            continue
+        images = torch.randn(2, n, 3, 3, generator=generator)
+        groups = images.double().reshape(2, -1, GROUPED[norm] or n, 9)
+        var, mean = torch.var_mean(groups, (2, 3), correction=0, keepdim=True)
+        expected = ((groups - mean) / (var + 1e-5).sqrt()).reshape(images.shape)
+        layer.to_empty(device="cpu").reset_parameters()
+        torch.testing.assert_close(layer(images).double(), expected, rtol=1e-4, atol=1e-5)
