@@ -135,9 +135,9 @@ def test_two_processes_train_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_train_together_resume(tmp_path):
-    """A signal costs them the epoch at most, and no number."""
+    """A signal costs them the epoch at most, and no number, also if a last epoch ends anew."""
     case = CASES["distill"]._replace(states=["checkpoint.pt"])
-    flags = f"{TINY} --ema 0.3 --alpha 0.5 --probe none --epochs 4"
+    flags = f"{TINY} --ema 0.3 --alpha 0.5 --probe knn --probe-every 40 --save-every 1 --epochs 40"
     finish(*helpers.start_two("distill", flags, "--out", tmp_path / "whole"))
     for out, sent in (("a", signal.SIGTERM), ("b", signal.SIGKILL)):
         processes = helpers.start_two("distill", flags, "--out", tmp_path / out)
@@ -146,9 +146,18 @@ def test_two_processes_that_train_together_resume(tmp_path):
         for process in processes:
             process.send(sent)
         for process in processes:
-            assert process.wait().code in (0, 128 + sent)
+            assert process.wait().code == 128 + sent
+        early, last = tmp_path / f"early-{out}", helpers.state(log.with_name("checkpoint.pt"))
+        shutil.copytree(log.parent, early)
+        flags_of_early = f"{flags} --epochs {last['epoch']} --resume --out {early}"
+        finish(*helpers.start_two("distill", flags_of_early))
+        rows, wanted = table(early / "log.csv"), last["progress"]["rows"]
+        assert rows[-1]["student_knn"] is not None and wanted[-1]["student_knn"] is None
+        assert [(row["loss"], row["kl"]) for row in rows] == [
+            (pytest.approx(row["loss"]), pytest.approx(row["kl"])) for row in wanted
+        ]
         finish(*helpers.start_two("distill", flags, "--resume --out", tmp_path / out))
-        assert [row["epoch"] for row in table(log)] == [0, 1, 2, 3, 4]
+        assert [row["epoch"] for row in table(log)] == [*range(41)]
         assert runs_differ(case, tmp_path / "whole", tmp_path / out) == ""
 
 

@@ -91,6 +91,7 @@ imp --out {imp} --resume --rounds 1                   | --rounds 1
 lmc --out {lmc} --resume --lr 1                       | --lr was 0.1, is 1
 imp --out {lmc} --resume                              | script was run_lmc.py, is run_imp.py
 imp --out {lmc} --overwrite                           | --overwrite run_lmc.py
+distill --out {sweep} --overwrite                     | --overwrite several runs
 distill --out {sweep} --resume --probe knn --epochs 2 --alpha 0 .5 | vary alpha seed
 landscape!                                            | missing
 landscape --image-size 64                             | --image-size 32

@@ -216,6 +216,8 @@ def run(main, args):
         code, text = 2, files.one_line(error)
         if received:  # torch may turn what a signal raises into another error
             code, message = 128 + received[0], "stopped"
+            if isinstance(error, OSError):  # of the save that a signal makes
+                message += f" without saving {error.filename}: {error.strerror or error}"
             if "resume" in args:
                 message += "; the same command with --resume goes on"
         elif isinstance(error, (InputError, Diverged)):

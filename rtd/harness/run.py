@@ -48,6 +48,11 @@ def check_output(args):
         raise InputError(f"--out {args.out}: there is no folder {args.out.parent}")
 
 
+def kind_of(identity):
+    """Which script a run's identity is of, and whether of several runs."""
+    return identity["the script"] + " with several runs" * ("flags that vary" in identity)
+
+
 class Run:
     """A run's folder, its lock, config.json, tables and state files, and how it is continued.
 
@@ -68,6 +73,7 @@ class Run:
         read = [spec for spec in networks if spec and Path(path_of(spec)).is_file()]
         self.identity |= images | {spec: files.sha256(path_of(spec)) for spec in read}
         self.config["identity"] = self.identity
+        self.config["device"] += f", {world.size} processes" * (world.size > 1)
         self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
         self._changed = False  # whether config.json is to be written anew
         world.in_main(lambda: self._open(products, may_change, map(path_of, read)))
@@ -83,9 +89,9 @@ class Run:
             raise InputError(f"--out {folder} holds a run; give --resume or --overwrite")
         if args.overwrite and config.exists():
             with files.reading(config, "of a run"):
-                script = files.read_json(config)["identity"]["the script"]
-            if script != self.identity["the script"]:  # whose other files would stay
-                raise InputError(f"--overwrite: {folder} is of {script}; give another --out")
+                before = kind_of(files.read_json(config)["identity"])
+            if before != kind_of(self.identity):  # whose other files would stay
+                raise InputError(f"--overwrite: {folder} is of {before}; give another --out")
         # a folder of nothing but whole runs is that of a new sweep, which takes them up
         continued = args.resume and any(not (path / "config.json").exists() for path in inside)
         if continued and not config.exists():

@@ -79,6 +79,8 @@ class Training:
             with deferred():
                 self._step(batch)
         self.world.broadcast(self.loss.buffers())  # batch norm's statistics: the main process's
+        if left:  # all processes' means: what the main one saves
+            self.losses, self.observed = map(self._averaged, (self.losses, self.observed))
         means = [self._mean(self.losses, batches)]
         if self.observed:  # KL and entropies
             means += self._mean(self.observed, [batches[i] for i in self.observed_steps])
@@ -105,7 +107,7 @@ class Training:
             values = [factor * torch.stack(self.loss(x, observe=True)) for x, factor in shares]
         finally:
             self.loss.load_state_dict(buffers, strict=False)
-        return self._mean(values, batches).tolist()
+        return self._mean(self._averaged(values), batches).tolist()
 
     def _step(self, batch):
         mine, factor = self.world.share(batch)  # all of the batch, and 1, in a single process
@@ -129,10 +131,13 @@ class Training:
             self.observed.append(factor * torch.stack(more))
 
     def _mean(self, values, batches):
-        """Mean of ``values``, a tensor for each of ``batches``, over their images and processes."""
+        """Mean of ``values``, a tensor for each of ``batches``, over their images."""
         weights = torch.tensor([float(len(batch)) for batch in batches], device=self.device)
-        mean = torch.tensordot(weights / weights.sum(), torch.stack(values), dims=1)
-        return self.world.average(mean)
+        return torch.tensordot(weights / weights.sum(), torch.stack(values), dims=1)
+
+    def _averaged(self, values):
+        """``values``, a list of tensors, as means over all processes."""
+        return list(self.world.average(torch.stack(values))) if values else []
 
     def _diverged(self):
         bad = [step for step, loss in enumerate(self.losses, 1) if not loss.isfinite()]
