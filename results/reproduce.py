@@ -3,7 +3,7 @@
     python results/reproduce.py                                       # list rows and costs
     python results/reproduce.py fig10 --scale small --data-dir data   # run or continue a row
     python results/reproduce.py all --scale paper --device cuda       # every row in turn
-    python results/reproduce.py fig9 --scale small --collect runs     # copy from runs/fig9-lmc-0
+    python results/reproduce.py fig9 --collect DIR                    # copy what DIR holds of it
     python results/reproduce.py --page                                # write the pages anew
     python results/reproduce.py --redraw                              # draw the pictures anew
 
@@ -19,7 +19,9 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -29,9 +31,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-SCALES = ("paper", "small", "toy", "early")  # the best evidence first; toy serves a test
+SCALES = ("paper", "small", "toy")  # the best evidence first; toy serves a test
 VGG11 = 3.5  # hours on two cores with bf16 for one run of the paper's protocol: the unit V
 GPU = 0.03 / VGG11  # hours on a GPU for one on two cores: on an H200, with six runs side by side
 TEST_IMAGES = dict(digits=450, cifar10=10000, cifar100=10000, stl10=8000, tinyimagenet=10000)
@@ -43,7 +47,7 @@ CLAIMS = configparser.ConfigParser(
     interpolation=configparser.ExtendedInterpolation(), delimiters="=", comment_prefixes="#"
 )
 CLAIMS.read(RESULTS / "claims.ini", encoding="utf-8")
-ROWS = [name for name in CLAIMS.sections() if name != "early"]
+ROWS = CLAIMS.sections()
 
 
 def text(name, key):
@@ -89,8 +93,9 @@ def hours(name, scale):
 
 def run(name, scale, args):
     """Run a row's commands in turn; one that fails ends everything with its exit code."""
-    for command in commands(name, scale, args.data_dir):
-        words = command.split()
+    data = shlex.quote(os.path.relpath(args.data_dir, ROOT))  # the commands run there
+    for command in commands(name, scale, data):
+        words = shlex.split(command)
         draws = "--plot-only" in words
         words.append("--overwrite" if draws or words[0] == "run_probe.py" else "--resume")
         words += ["--device", args.device] if args.device and not draws else []
@@ -109,18 +114,17 @@ def run(name, scale, args):
 def collect(name, scale, folder):
     """Copy CSVs, config.json and pictures of a row's runs into results/. Returns how many runs."""
     runs = re.findall(r"--out runs/reproduce/[^\s/]+/([^\s/]+)", " ".join(commands(name, scale)))
-    found = [(part, folder / prefix) for part in runs for prefix in (part, f"{name}-{part}")]
-    found = {part: source for part, source in found if source.is_dir()}
+    found = {part: folder / part for part in runs if (folder / part).is_dir()}
+    drawn = [path for row in ROWS for path in pictures(row, scale)]
     for part, source in found.items():
         target = RESULTS / name / scale / part
         shutil.rmtree(target, ignore_errors=True)
         for path in source.rglob("*.*"):
             inside = path.relative_to(source)
-            wanted = path.suffix == ".csv" or path.name == "config.json"
-            wanted = wanted and not {"chains", "lines"} & set(inside.parts)
-            if wanted or (path.suffix == ".png" and path.parent == source):
-                (target / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target / inside)
+            to, wanted = target / inside, not {"chains", "lines"} & set(inside.parts)
+            if (wanted and path.suffix == ".csv") or path.name == "config.json" or to in drawn:
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, to)
     return len(found)
 
 
@@ -167,19 +171,14 @@ def read_csv(path):
 
 def highest(path, places, column):
     """The row of a landscape next to a place, or the highest on the way between two (a>b)."""
-
-    def distance(row, to):
-        return math.dist((float(row["x"]), float(row["y"])), to)
-
     rows, points = read_csv(path), read_csv(path.with_name("points.csv"))
-    names = {row["name"]: (float(row["x"]), float(row["y"])) for row in points}
-    ends = [names.get(p) or tuple(map(float, p.split(","))) for p in places.split(">")]
-    steps = [i / 100 for i in range(101)]
-    way = [[a + (b - a) * step for a, b in zip(ends[0], ends[-1], strict=True)] for step in steps]
-    near = [min(rows, key=lambda row: distance(row, at)) for at in way]
-    return [
-        max((row for row in near if row[column]), key=lambda row: float(row[column]), default={})
-    ]
+    named = {row["name"]: (row["x"], row["y"]) for row in points}
+    ends = [named.get(place) or place.split(",") for place in places.split(">")]
+    there = np.array([(row["x"], row["y"]) for row in rows], float)
+    way = np.linspace(*np.array([ends[0], ends[-1]], float), 101)
+    near = {np.linalg.norm(there - at, axis=1).argmin() for at in way}
+    found = [rows[i] for i in near if rows[i][column]]
+    return sorted(found, key=lambda row: float(row[column]))[-1:]
 
 
 def holds(row, condition):
@@ -238,31 +237,23 @@ def number(label, sources, scale):
 
 def reached(last, run):
     """An epoch as text, with the number planned where a run is not done."""
-    flags = (config(run) or {"flags": {}})["flags"]
+    flags = config(run)["flags"]
     planned = 0 if flags.get("epochs_of") else flags.get("epochs", 0)
     return f"{last} of {planned}" if last < planned else str(last)
 
 
-def early(run):
-    """(commit, test images, what was run) of results whose config.json was not kept, or None."""
-    found = CLAIMS["early"].get(f"{run.parent.parent.name}/{run.name}")
-    return found.split(" ; ", 2) if found and run.parent.name == "early" else None
-
-
 def config(run):
     path = min(run.rglob("config.json"), key=lambda path: (len(path.parts), path), default=None)
-    return json.loads(path.read_text()) if path else None
+    return json.loads(path.read_text()) if path else {"flags": {}}
 
 
 def test_images(run, row):
     if "probed_on" in row:
-        return TEST_IMAGES.get(row["probed_on"])
-    if found := early(run):
-        return int(found[1])
-    flags = (config(run) or {"flags": {}})["flags"]
-    data = flags.get("probe_dataset") or flags.get("dataset")
+        return TEST_IMAGES[row["probed_on"]]
+    flags = config(run)["flags"]
+    data = flags.get("probe_dataset") or flags["dataset"]
     data = data[0] if isinstance(data, list) else data  # a sweep's; all its test images are equal
-    return flags.get("test_subset") or TEST_IMAGES.get(data)
+    return flags["test_subset"] or TEST_IMAGES[data]
 
 
 def lines_of(name):
@@ -310,9 +301,7 @@ def verdict(name, table):
 
 def origin(run):
     link = "[{0}]({0})".format(run.relative_to(RESULTS).as_posix())
-    if found := early(run):
-        return f"{link}: {found[2]}; commit {found[0]}, config not kept"
-    if found := config(run):
+    if "command" in (found := config(run)):
         commit = (found["commit"] or "not known")[: 7 if found["commit"] else None]
         return f"{link}: `{found['command']}`, commit {commit}, {found['device']}"
     return f"{link}: made by the command below"
@@ -328,13 +317,10 @@ def standard_errors(numbers):
     return ", ".join(f"{error:.1f} points (N = {n:,})" for n, error in sorted(errors.items()))
 
 
-def pictures(name):
-    """The pictures of the best scale that has any, relative to results/."""
-    for scale in SCALES:
-        paths = [path.replace("/", f"/{scale}/", 1) for path in text(name, "pictures").split()]
-        if there := [path for path in paths if (RESULTS / path).exists()]:
-            return there
-    return []
+def pictures(name, scale):
+    """The files of a row's pictures at a scale, there or not."""
+    listed = text(name, "pictures").split()
+    return [RESULTS / path.replace("/", f"/{scale}/", 1) for path in listed]
 
 
 def section(name):
@@ -342,7 +328,9 @@ def section(name):
     title, table = text(name, "title"), lines_of(name)
     numbers = [found for _, _, ours in table for found in ours]
     said = [f'<a id="{name}"></a>\n\n## {title}', f"**Claim.** {text(name, 'claim')}"]
-    said += [f"![{title}]({path})" for path in pictures(name)]
+    for paths in zip(*(pictures(name, scale) for scale in SCALES), strict=True):
+        there = [path.relative_to(RESULTS).as_posix() for path in paths if path.exists()]
+        said += [f"![{title}]({path})" for path in there[:1]]
     cells = ["| | paper | ours, final | ours, best on test | n | final epoch | run |"]
     cells.append("|---|---:|---:|---:|---:|---:|---|")
     for label, paper, ours in table:
@@ -410,51 +398,34 @@ def write_pages():
 
 
 def redraw():
-    """Draw the pictures of results/ anew from the CSVs beside them."""
+    """Draw the pictures of results/ anew from the CSVs and config.json beside them."""
     sys.path.insert(0, str(ROOT))
     from rtd import plots
     from rtd.harness import console, files, run, sweeps
     from run_distill import title
     from run_landscape import panel
 
-    swept = {name.replace("_", ""): name for name in sweeps.SWEPT}
-    flag = rf"({'|'.join(swept)})(.+?)(?=-(?:{'|'.join(swept)})|$)"  # in the name of a run's folder
-    listed = [
-        p.replace("/", f"/{s}/", 1)
-        for r in ROWS
-        for s in SCALES
-        for p in text(r, "pictures").split()
-    ]
-    new = {RESULTS / path for path in listed if (RESULTS / path).parent.is_dir()}
-    for path in sorted(new | {*RESULTS.rglob("*.png")}):
-        folder, part = path.parent, RESULTS.joinpath(*path.relative_to(RESULTS).parts[:3])
-        words = (early(part) or [text(part.parts[-3], "small")])[-1]
-        encoder = re.search(r"(?i)resnet\d+|vit-\w+|$", words)[0].lower() or "vgg11"
-        about = argparse.Namespace(
-            encoder=encoder, dataset="cifar10", alpha=1e-10, bottleneck=None, seed=0
-        )
-        for name, value in (config(part) or {"flags": {}})["flags"].items():
-            if value is not None:
-                setattr(about, name, value[0] if isinstance(value, list) else value)
-        groups, names = {}, []
-        for log in sorted(folder.rglob("log.csv")):
-            found = [one for one in re.findall(flag, log.parent.name) if one[0] != "seed"]
-            names, values = [swept[name] for name, _ in found], [value for _, value in found]
-            key = [float(v) if v[0].isdigit() else v.replace(".", "/") for v in values]
-            groups.setdefault(tuple(key), []).append(files.read_csv(log))
-        groups = dict(sorted(groups.items(), key=lambda item: item[0][::-1]))
-        drawn = [names, groups, title(about, names)]
-        if path.stem == "curves":
-            drawn = [groups[()], title(about)]
-        elif path.stem in ("imp", "lmc"):
-            tables = sorted(folder.rglob(f"{path.stem}.csv"))  # fig8/small/imp.png: of several runs
+    for name, path in [(n, p) for n in ROWS for s in SCALES for p in pictures(n, s)]:
+        folder = path.parent if any(path.parent.rglob("*.csv")) else path.parent.parent
+        if not (flags := config(folder)["flags"]):
+            continue
+        if path.stem in ("imp", "lmc"):
+            tables = sorted(folder.rglob(f"{path.stem}.csv"))  # Fig. 8: of several runs
             rows = [row for table in tables for row in files.read_csv(table)]
-            drawn = [rows, f"{title(about, ['alpha'])}, seed {about.seed}"]
-        elif not groups:  # fig5.png shows two landscapes
-            places = [folder]
-            if path.stem != "landscape":
-                places = [table.parent for table in sorted(folder.parent.glob("*/landscape.csv"))]
-            drawn = [[panel(place) for place in places]]
+            encoder = re.match(r"\w+", text(name, "small"))[0].lower()
+            drawn = [rows, f"{encoder} on {flags['dataset']}, seed {flags['seed']}"]
+        elif "plane" in flags:
+            drawn = [[panel(table.parent) for table in sorted(folder.rglob("landscape.csv"))]]
+        else:
+            values = {key: flags[key] for key in sweeps.SWEPT if isinstance(flags[key], list)}
+            varied = [key for key in values if len(values[key]) > 1 and key != "seed"]
+            groups = {setting: [] for setting in itertools.product(*(values[k] for k in varied))}
+            for log in sorted(folder.rglob("log.csv")):
+                setting = tuple(config(log.parent)["flags"][key] for key in varied)
+                groups.setdefault(setting, []).append(files.read_csv(log))
+            about = argparse.Namespace(**flags | {key: values[key][0] for key in values})
+            groups = {setting: logs for setting, logs in groups.items() if logs}
+            drawn = [varied, groups, title(about, varied)] if varied else [groups[()], title(about)]
         run.draw(path, console.say, getattr(plots, path.stem, plots.landscapes), *drawn)
 
 
@@ -475,7 +446,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=format_)
     add = parser.add_argument
     add("rows", nargs="*", metavar="ROW", help="rows to run, or all; without any they are listed")
-    add("--scale", choices=SCALES[:3], default="small", help="size of the runs (default: small)")
+    add("--scale", choices=SCALES, default="small", help="size of the runs (default: small)")
     add("--data-dir", default="data", help="folder of the data sets (default: data)")
     add("--device", help="device of every command; by default each takes a GPU where there is one")
     add("--collect", type=Path, metavar="DIR", help="folder of runs to copy from, running nothing")
@@ -495,7 +466,7 @@ def main(args):
                 run(row, args.scale, args)
             folder = args.collect or ROOT / f"runs/reproduce/{row}-{args.scale}"
             count = collect(row, args.scale, folder)
-            if not count and args.collect:
+            if not count and args.collect and commands(row, args.scale):
                 sys.exit(f"--collect {folder}: it holds no run of {row} at scale {args.scale}")
             print(f"results/{row}/{args.scale}: {count} run folders copied")
     if args.redraw:

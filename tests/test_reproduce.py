@@ -18,7 +18,7 @@ PAGES = ("README.md", "results/README.md")
 def clone(tmp_path):
     """A copy of the repository, in which rows may run and pages be written."""
     skipped = shutil.ignore_patterns(".*", "runs", "data", "__pycache__", "*.egg-info")
-    return shutil.copytree(ROOT, tmp_path / "clone", ignore=skipped)
+    return shutil.copytree(ROOT, tmp_path / "lines", ignore=skipped)  # as a folder of run_lmc.py
 
 
 def reproduce(folder, *flags):
@@ -67,6 +67,13 @@ def test_pictures_of_several_planes_are_drawn_by_their_command(script, tmp_path)
         flags = re.sub(r"runs/reproduce/(\w+)-small", rf"{ROOT}/results/\1/small", flags)
         assert script("landscape", flags.partition(" ")[2], "--out", tmp_path / "x.png").code == 0
     assert found
+
+
+def test_probes_that_have_no_config_are_taken_over(clone, tmp_path):
+    found = shutil.copytree(clone / "results/table2/small", tmp_path / "found")
+    (found / "probes/config.json").unlink()
+    reproduce(clone, "table2", "--collect", found)
+    assert len([*clone.glob("results/table2/small/probes/*.csv")]) == 2
 
 
 def test_a_row_runs_resumes_and_can_be_taken_over(clone):
