@@ -40,7 +40,7 @@ VGG11 = 3.5  # hours on two cores with bf16 for one run of the paper's protocol:
 GPU = 0.03 / VGG11  # hours on a GPU for one on two cores: on an H200, with six runs side by side
 TEST_IMAGES = dict(digits=450, cifar10=10000, cifar100=10000, stl10=8000, tinyimagenet=10000)
 TEST_IMAGES |= dict(folder=2000)  # the part of CIFAR-100 that Tables 2 and 4 probe
-ACCURACIES = ("linear", "knn", "accuracy", "error", "mean")
+ACCURACIES = ("linear", "knn", "accuracy", "error")
 MARKS = "<!-- results/reproduce.py writes this -->", "<!-- and ends here -->"
 
 CLAIMS = configparser.ConfigParser(
@@ -100,7 +100,7 @@ def run(name, scale, args):
         words.append("--overwrite" if draws or words[0] == "run_probe.py" else "--resume")
         words += ["--device", args.device] if args.device and not draws else []
         (ROOT / words[words.index("--out") + 1]).parent.mkdir(parents=True, exist_ok=True)
-        print(f"\n$ python {' '.join(words)}", flush=True)
+        print(f"\n$ python {shlex.join(words)}", flush=True)
         with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
             signal.signal(signal.SIGTERM, lambda *_, to=process: to.terminate())
             try:
@@ -121,8 +121,8 @@ def collect(name, scale, folder):
         shutil.rmtree(target, ignore_errors=True)
         for path in source.rglob("*.*"):
             inside = path.relative_to(source)
-            to, wanted = target / inside, not {"chains", "lines"} & set(inside.parts)
-            if (wanted and path.suffix == ".csv") or path.name == "config.json" or to in drawn:
+            to, part = target / inside, {"chains", "lines"} & set(inside.parts)
+            if path.name == "config.json" or to in drawn or (path.suffix == ".csv" and not part):
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, to)
     return len(found)
@@ -177,7 +177,7 @@ def highest(path, places, column):
     there = np.array([(row["x"], row["y"]) for row in rows], float)
     way = np.linspace(*np.array([ends[0], ends[-1]], float), 101)
     near = {np.linalg.norm(there - at, axis=1).argmin() for at in way}
-    found = [rows[i] for i in near if rows[i][column]]
+    found = (rows[i] for i in near if rows[i][column])
     return sorted(found, key=lambda row: float(row[column]))[-1:]
 
 
@@ -274,7 +274,7 @@ def lines_of(name):
 
 
 def filled(template, table):
-    """``template`` with each {label}, {label|best}, {label|last} and {label|paper} looked up."""
+    """``template`` with each {label}, {label|best} and {label|paper} looked up."""
 
     def look_up(match):
         pattern, _, which = match[1].partition("|")
@@ -284,8 +284,7 @@ def filled(template, table):
                 best = ours[0].best if ours else ""
                 mine = str(ours[0]) if ours else ""
                 found.append({"paper": paper, "best": best}.get(which, mine))
-        found = [value for value in found if value] or ["not run"]
-        return found[-1 if which == "last" else 0]
+        return next(filter(None, found), "not run")
 
     return re.sub(r"\{([^{}]+)\}", look_up, template)
 
@@ -302,8 +301,9 @@ def verdict(name, table):
 def origin(run):
     link = "[{0}]({0})".format(run.relative_to(RESULTS).as_posix())
     if "command" in (found := config(run)):
-        commit = (found["commit"] or "not known")[: 7 if found["commit"] else None]
-        return f"{link}: `{found['command']}`, commit {commit}, {found['device']}"
+        configs = [json.loads(path.read_text()) for path in sorted(run.rglob("config.json"))]
+        commits = dict.fromkeys((one["commit"] or "unknown")[:7] for one in configs)
+        return f"{link}: `{found['command']}`, commit {', '.join(commits)}, {found['device']}"
     return f"{link}: made by the command below"
 
 
@@ -405,14 +405,16 @@ def redraw():
     from run_distill import title
     from run_landscape import panel
 
-    for name, path in [(n, p) for n in ROWS for s in SCALES for p in pictures(n, s)]:
-        folder = path.parent if any(path.parent.rglob("*.csv")) else path.parent.parent
-        if not (flags := config(folder)["flags"]):
+    listed = {path: (name, s) for name in ROWS for s in SCALES for path in pictures(name, s)}
+    for path, (name, scale) in listed.items():
+        if not path.parent.is_dir():
             continue
+        folder = path.parent if any(path.parent.rglob("*.csv")) else path.parent.parent  # Fig. 5
+        flags = config(folder)["flags"]
         if path.stem in ("imp", "lmc"):
             tables = sorted(folder.rglob(f"{path.stem}.csv"))  # Fig. 8: of several runs
             rows = [row for table in tables for row in files.read_csv(table)]
-            encoder = re.match(r"\w+", text(name, "small"))[0].lower()
+            encoder = re.search(r"resnet\d+", " ".join(commands(name, scale)))[0]
             drawn = [rows, f"{encoder} on {flags['dataset']}, seed {flags['seed']}"]
         elif "plane" in flags:
             drawn = [[panel(table.parent) for table in sorted(folder.rglob("landscape.csv"))]]

@@ -56,12 +56,13 @@ def _figure(columns, title, width=3.6, **options):
     return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
-def _legend(figure, looks, seeds=1, place="center"):
+def _legend(figure, looks, seeds=(1,), place="center"):
     """A legend of ``looks``, {label: look of a line}, on the right of all axes, off the data."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], label=label, **look) for label, look in looks.items()]
-    title = f"mean and standard\ndeviation, n = {seeds}" if seeds > 1 else None
+    n = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+    title = f"mean and standard\ndeviation, n = {n}" if n != "1" else None
     figure.legend(handles=lines, title=title, loc=f"outside right {place}")
 
 
@@ -148,7 +149,7 @@ def curves(logs, title=""):
             lines = [(there, LOOKS[0] | color)]
             _over_time(axis, lines, f"{name.split()[0]}_{probe}", PROBE_TITLES[probe])
     if probed:
-        _legend(figure, FEATURES, len(logs))
+        _legend(figure, FEATURES, [len(logs)])
     return figure
 
 
@@ -181,7 +182,7 @@ def _sweep(names, groups, title, times, ends, parts):
     for setting, look in looks.items() if others else ():
         words = [f"{name} = {short(v)}" for name, v in zip(others, setting, strict=True)]
         legend["\n".join(words)] = look | {"color": GREY}
-    _legend(figure, legend, max(map(len, groups.values())), "upper")
+    _legend(figure, legend, [*map(len, groups.values())], "upper")
     bare = {} if numbers else {"linestyle": ""}  # no line joins categories
     labels = [short(value) for value in values]
     slanted = {"rotation": 30, "ha": "right"} if len("".join(labels)) > 30 else {}

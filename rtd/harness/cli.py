@@ -216,8 +216,9 @@ def run(main, args):
         code, text = 2, files.one_line(error)
         if received:  # torch may turn what a signal raises into another error
             code, message = 128 + received[0], "stopped"
-            if isinstance(error, OSError):  # of the save that a signal makes
-                message += f" without saving {error.filename}: {error.strerror or error}"
+            lost = error if isinstance(error, OSError) else error.__context__
+            if getattr(lost, "filename", None):  # of a save that failed meanwhile
+                message += f" without saving {lost.filename}: {lost.strerror or lost}"
             if "resume" in args:
                 message += "; the same command with --resume goes on"
         elif isinstance(error, (InputError, Diverged)):
