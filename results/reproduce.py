@@ -457,6 +457,8 @@ def parse_args():
     args = parser.parse_args()
     if unknown := set(args.rows) - {*ROWS, "all"}:
         parser.error(f"{min(unknown)} is no row; the rows are {', '.join(ROWS)}, or all")
+    if args.collect and RESULTS in args.collect.resolve().parents:
+        parser.error(f"--collect {args.collect} is where it copies to; give the folder of the runs")
     args.rows = ROWS if "all" in args.rows else args.rows
     return args
 

@@ -72,6 +72,8 @@ def test_pictures_of_several_planes_are_drawn_by_their_command(script, tmp_path)
 def test_probes_that_have_no_config_are_taken_over(clone, tmp_path):
     found = shutil.copytree(clone / "results/table2/small", tmp_path / "found")
     (found / "probes/config.json").unlink()
+    call = [sys.executable, "results/reproduce.py", "table2", "--collect", "results/table2/small"]
+    assert subprocess.run(call, cwd=clone, capture_output=True).returncode == 2  # its own source
     reproduce(clone, "table2", "--collect", found)
     assert len([*clone.glob("results/table2/small/probes/*.csv")]) == 2
 
