@@ -113,6 +113,12 @@ def verdict(name, table):
     return filled(found, table) if found else f"Nobody has judged the results at scale {best} yet."
 
 
+def short(name, table):
+    """A verdict's first words, up to a colon, a comma or the end of the sentence."""
+    first = re.split(r"[:;,] |\.(?= \D|$)", verdict(name, table))[0]
+    return first[0].lower() + first[1:]
+
+
 def origin(run):
     link = "[{0}]({0})".format(run.relative_to(RESULTS).as_posix())
     if "command" in (found := config(run)):
@@ -183,19 +189,32 @@ def headlines():
             paper, ours = (
                 filled(text(name, f"headline.{whose}"), table) for whose in ("paper", "ours")
             )
-            short = re.split(r"[:.;,](?= |$)", verdict(name, table))[0].lower()
+            said = short(name, table)
             if "not run" in ours:
-                ours, short = "", "not run yet"
+                ours, said = "", "not run yet"
             ours = ours.replace(" (n = 1)", "")  # said once, below the table
-            cells.append(f"| {claim} | {paper} | {ours} | {short} |")
+            cells.append(f"| {claim} | {paper} | {ours} | {said} |")
     return "\n".join(cells)
+
+
+def index():
+    """A line for each row: where it stands on the page, and how it went."""
+    lines = []
+    for name in ROWS:
+        place, _, title = text(name, "title").partition(": ")
+        table = lines_of(name)
+        said = short(name, table)
+        if {found.n for _, _, ours in table for found in ours} == {1}:
+            said += " (one run each)"
+        lines.append(f"* [{place}](#{name}){title and f', {title}'}: {said}")
+    return "\n".join(lines)
 
 
 def write_pages():
     """Write what lies between the two marks in README.md and in results/README.md."""
     pages = {
         ROOT / "README.md": headlines(),
-        RESULTS / "README.md": "\n\n".join(map(section, ROWS)),
+        RESULTS / "README.md": "\n\n".join([index(), *map(section, ROWS)]),
     }
     for path, written in pages.items():
         page = path.read_text(encoding="utf-8")
