@@ -439,6 +439,13 @@ def test_an_overwritten_sweep_leaves_nothing_behind(run_of, script, monkeypatch)
     assert states and all(snapshot(run.out)[name] != before[name] for name in states)
 
 
+def test_a_sweep_that_was_made_longer_and_stopped_says_so(run_of, monkeypatch):
+    run, calls = run_of("half sweep"), itertools.count()
+    before_each(monkeypatch, torch.optim.AdamW, "step", lambda *_: next(calls) == 3 and TERMINATE())
+    assert run.resume().code == 143  # in the second of four runs, as an epoch has three steps
+    assert json.loads((run.out / "config.json").read_text())["flags"]["epochs"] == 2
+
+
 def test_a_shorter_run_is_what_it_says(script, tmp_path, monkeypatch):
     """One that stopped in epoch 2 has no epoch 1 left; one that stopped there gets its probe."""
     flags, calls = [TINY, "--probe knn --probe-every 9 --save-every 1 --out", tmp_path], [0]

@@ -75,7 +75,7 @@ class Run:
         self.config["identity"] = self.identity
         self.config["device"] += f", {world.size} processes" * (world.size > 1)
         self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
-        self._changed = False  # whether config.json is to be written anew
+        self._changed = False  # whether config.json has other flags
         world.in_main(lambda: self._open(products, may_change, map(path_of, read)))
 
     def _open(self, products, may_change, read):
@@ -123,6 +123,11 @@ class Run:
         with files.atomic_write(self.folder / "config.json", "w") as file:
             file.write(json.dumps(self.config, indent=2) + "\n")
         self._changed = False
+
+    def _keep_flags(self):
+        """Write those that changed, once something was done with them: none was refused then."""
+        if self._changed and self.world.is_main:
+            self._write_config()
 
     def _check(self, path, contents, **unit):
         """Raise InputError unless ``contents``, of a file, belong to this run and ``unit``."""
@@ -194,6 +199,7 @@ class Run:
                 run.say(f"{name} {done + 1} of {len(mine)}" + f", {left} left" * (spent > 60))
             try:
                 do(units[i], run)
+                self._keep_flags()
             except Diverged as error:
                 run.say(error)
                 diverged[i] = str(error)  # the error itself would hold on to the network
@@ -211,8 +217,7 @@ class Run:
         """Write ``rows`` as the CSV file ``name`` of this run."""
         if self.world.is_main:
             files.write_csv(self.folder / name, columns, rows)
-            if self._changed:  # only now is none of the flags refused
-                self._write_config()
+            self._keep_flags()
 
     def concatenate(self, name, columns, parts):
         """Write those of the tables ``parts`` that exist yet as one, ``name``; returns its rows."""
