@@ -9,12 +9,15 @@ steps, or 6,000 with --no-weight-norm: that is to be expected.
     python run_distill.py --out-dim 4096 --batch-size 16 --lr 3e-4 --epochs 6 --probe-epochs 100
     python run_distill.py --dataset cifar10 --data-dir data    # the paper's protocol, 100 epochs
     # a sweep of 18 runs (Figs. 3, 17)
-    python run_distill.py --dataset cifar10 --data-dir data --alpha 0 .2 .4 .6 .8 1 --seed 0 1 2
+    python run_distill.py --dataset cifar10 --data-dir data --alpha 1e-10 .2 .4 .6 .8 1 --seed 0 1 2
     torchrun --nproc-per-node=4 run_distill.py ...             # on four processes
 
-Writes config.json, log.csv (a row an epoch), checkpoint.pt, best.pt and curves.png into the folder
---out. The flags marked * take several values: each combination is a run in a folder of its own,
-summed up in summary.csv and two pictures.
+Writes config.json, log.csv, checkpoint.pt, best.pt and curves.png into the folder --out. log.csv has
+a row an epoch: mean loss, KL and entropies of the outputs in nats, distances from the start, probes
+in percent, training's images per second, seconds since the start. The flags marked * take several
+values: each combination is a run in a folder of its own. summary.csv has mean and deviation over
+the seeds of each quantity of log.csv in the final epoch, and at best over the epochs; sweep.png and
+dynamics.png show them.
 """
 
 import argparse
@@ -58,7 +61,7 @@ def parse_args(argv=None):
     add("--probe-dataset", LABELLED, None, "data set of the probes; by default the one distilled on")
     add("--probe-subset", positive_int, None, "number of training images of --probe-dataset")
     add = parser.group("teacher and student")
-    add("--alpha", cli.unit_interval, 1e-10, "* distance of the start: 0 is a copy of the teacher, 1 an independent network")
+    add("--alpha", cli.unit_interval, 1e-10, "* distance of the start: 1 is an independent network, 0 a copy of the teacher, which may never move without batch norm")
     add("--norm", NORMS, None, "* norm layers; by default VGG has none and ResNet batch")
     add("--out-dim", positive_int, 2**16, "* outputs of the head; below 256 the paper's student does not improve (Fig. 10)")
     add("--head-hidden", positive_int, 2048, "width of the head's two hidden layers")
@@ -73,7 +76,7 @@ def parse_args(argv=None):
     add("--batch-size", positive_int, 256, "images per step, over all processes; use smaller batches on small data sets")
     add("--lr", positive_float, 0.001, "* learning rate of AdamW, constant")
     add("--seed", non_negative_int, 0, "* seed of all random numbers; several give mean and standard deviation")
-    add("--epochs-of", positive_int, None, "images counted as one epoch, so that subsets of all sizes see about equally many images (Fig. 4)")
+    add("--epochs-of", positive_int, None, "images counted as one epoch by --epochs, --probe-every and --save-every, so that subsets of all sizes see about equally many (Fig. 4); the log counts passes")
     add("--loss", LOSSES, "ce", "what is minimised; ce and kl have the same gradient, ce is cheaper")
     add("--beta", non_negative_float, 0.0, "weight of the labels' cross-entropy; 0 sees no label")
     add("--teacher-temperature", positive_float, 1.0, "divisor of the teacher's outputs")
@@ -136,7 +139,7 @@ def distill(args, device, world):
     # The run folder refuses, begins, or is continued from where its checkpoint stands.
     reads = fingerprints(data) | fingerprints(probed, " of the probes")
     run = Run(args, device, world, PRODUCTS, ["epochs"], images=reads, networks=[args.teacher])
-    run.args = args = count_epochs(args, len(data.train))  # only now: Run compares flags as given
+    run.args = args = count_epochs(args, run, data)  # only now: Run compares flags as given
     teacher.to(device), student.to(device)
     contents = {"model": model, "data": data.source, "student_init": student_init}
     contents |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
@@ -191,12 +194,13 @@ def make_target(teacher, data, run):
     return FrozenTeacher(teacher, run.world.map_rows(answer, data.train.images))
 
 
-def count_epochs(args, images):
+def count_epochs(args, run, data):
     """The flags with epochs of --epochs-of images turned into epochs of the data set."""
     flags = vars(args).copy()
-    for name in ("epochs", "probe_every", "save_every"):
-        if args.epochs_of and flags[name]:
-            flags[name] = max(1, flags[name] * args.epochs_of // images)
+    for name in ("epochs", "probe_every", "save_every") if args.epochs_of else ():
+        flags[name] = flags[name] and max(1, flags[name] * args.epochs_of // len(data.train))
+    if args.epochs_of:
+        run.say(f"--epochs-of {args.epochs_of}: {flags['epochs']} passes over the images")
     return argparse.Namespace(**flags)
 
 
@@ -207,7 +211,7 @@ def resumed(progress, run):
     """
     rows, begun, epochs = progress["rows"], progress["training"]["epoch"], run.args.epochs
     if begun > epochs:
-        raise InputError(f"--epochs: {epochs} are too few, {run.folder} has begun epoch {begun}")
+        raise InputError(f"--epochs: {run.folder} has begun epoch {begun}, which is after {epochs}")
     columns = [f"student_{probe}" for probe in run.args.probe]
     if len(rows) > epochs and any(rows[-1][column] is None for column in columns):
         rows.pop()  # without a step
@@ -245,15 +249,20 @@ class DistillationTraining(Training):
         deciding = next(iter(found.values()), -1)  # of the first probe
         if epoch and deciding > self.best:
             self.best, self.best_contents = deciding, copy.deepcopy(self.contents())
-        if self.run.save_is_due(epoch, epochs):
-            self.save()
-        self.run.table("log.csv", COLUMNS, self.rows)
         words = f"loss {row['loss']:.5f}, KL {row['kl']:.2e}, distance {row['distance_total']:.2f}"
         for probe, accuracy in found.items():
             words += f", {PROBE_TITLES[probe]} {accuracy:.2f} %"
         if self.images_per_second:
             words += f", {self.images_per_second:.0f} img/s"
         self.run.say(f"epoch {epoch}/{epochs}: {words}, {row['seconds']:.0f} s in all")
+        if epoch and not row["distance_total"]:
+            self.run.say("note: the student has not moved; give an --alpha above 0")
+        try:
+            if self.run.save_is_due(epoch, epochs):
+                self.save()
+        finally:  # a disk too full for a checkpoint may have room for a row
+            if (self.run.folder / "checkpoint.pt").exists():
+                self.run.table("log.csv", COLUMNS, self.rows)
 
     def contents(self):
         """The networks as they are and how far training went: what every checkpoint holds."""

@@ -13,7 +13,8 @@ winning tickets.
 
 A chain is a start and a rewind epoch, and with --control shuffle also the same with shuffled masks.
 Writes config.json, imp.csv (a row a round), imp.png and, in chains/, what --resume needs. In
-imp.csv, sparsity and remaining_parameters count only what --prune says may be pruned.
+imp.csv, sparsity and remaining_parameters count only what --prune says may be pruned; epochs and
+seconds are the round's, test_accuracy is in its last epoch, test_accuracy_best at best.
 """
 
 import itertools

@@ -3,7 +3,7 @@
 The plane goes through three networks: the teacher and two students. In it the teacher sits at the
 edge of an asymmetric valley: the loss rises slowly towards the student, steeply the other way.
 
-    # runs/a and runs/b: run_distill.py with --alpha 0 and --alpha 1, and the same --seed
+    # runs/a and runs/b: run_distill.py with --alpha 1e-10 and --alpha 1, and the same --seed
     python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 --out runs/shared \\
         --x-axis runs/a/checkpoint.pt:student --y-axis runs/b/checkpoint.pt:student
     python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 --out runs/nonlocal \\
@@ -11,7 +11,9 @@ edge of an asymmetric valley: the loss rises slowly towards the student, steeply
     python run_landscape.py --plot-only runs/nonlocal runs/shared --out fig5.png
     torchrun --nproc-per-node=4 run_landscape.py ...               # the processes share the points
 
-Writes config.json, landscape.csv (a row a point), points.csv (the three networks), landscape.png.
+Writes config.json, landscape.csv (a row a point: its place in the grid and in the plane, losses and
+entropy in nats, probes in percent, norms of the parameters), points.csv (the three networks) and
+landscape.png.
 """
 
 from pathlib import Path
@@ -64,6 +66,9 @@ def parse_args(argv=None):
     parser.add_output_flags(save_every=False)
     # fmt: on
     args = parser.parse(argv)
+    for name, value in vars(args).items() if args.plot_only else ():
+        if value != parser.get_default(name) and name not in ("plot_only", "out", "overwrite"):
+            parser.error(f"--plot-only draws what is there; leave out --{name.replace('_', '-')}")
     args.out = args.out or Path("runs/landscape" + (".png" if args.plot_only else ""))
     for axis in "xy":
         if not args.plot_only and getattr(args, f"{axis}_axis") is None:

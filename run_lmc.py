@@ -13,8 +13,9 @@ error rises between them; from a student distilled without labels, the paper fin
 Recomputing batch norm's statistics changes the ends too: their weights are those of the trained
 networks, but their errors need not be. Without batch norm the column bn says none.
 
-Writes config.json, lmc.csv (a row a point), barriers.csv and lmc.png; the trained networks into
-runs/: with --resume, other flags of the group "lines" and more --runs train none of them again.
+Writes config.json, lmc.csv (a row a point), barriers.csv (of each pair of runs, then their mean and
+std) and lmc.png; the trained networks into runs/: with --resume, other flags of the group "lines"
+and more --runs train none of them again.
 """
 
 import itertools
@@ -77,7 +78,7 @@ def parse_args(argv=None):
 def main(args, device, world):
     data = cli.load_data(args, world)
     if (args.line_subset or 0) > len(data.train):
-        raise InputError(f"--line-subset {args.line_subset}: there are {data}")
+        raise InputError(f"--line-subset {args.line_subset}: choose 1 to {len(data.train)}")
     starts = load_starts(args, data)
     run = Run(args, device, world, PRODUCTS, (*LINES, "runs"), fingerprints(data), args.init)
     title = say_starts(run, starts, data)

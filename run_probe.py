@@ -8,12 +8,12 @@ the student was distilled on, also where another one is probed (transfer, Tables
     python run_probe.py runs/a/best.pt runs/b/best.pt --dataset cifar10 --data-dir data
     torchrun --nproc-per-node=4 run_probe.py ...          # the processes share the images
 
-Prints a table, mean +- standard deviation over the checkpoints, and writes a row for each network.
+Prints a table, mean +- standard deviation over the checkpoints, and writes a row for each network:
+accuracies in percent, the checkpoint's epoch and SHA-256, and what decides the probes.
 """
 
 from pathlib import Path
 
-from rtd.errors import InputError
 from rtd.harness import cli, files
 from rtd.harness.checkpoint import ROLES, check_model, load_checkpoint, load_network
 from rtd.harness.run import check_output, lock
@@ -23,6 +23,7 @@ from rtd.probes import PROBES
 
 PROBED = (*ROLES, "input")
 COLUMNS = ("checkpoint", "sha256", "epoch", "trained_on", "probed_on", "network", *PROBES)
+COLUMNS += ("train_images", "test_images", "k", "probe_epochs", "seed")
 
 
 def parse_args(argv=None):
@@ -59,11 +60,12 @@ def main(args, device, world):
         check_model(path, contents["model"], vars(args))  # of which --image-size is a model's
     cli.note_steps(args, data, world)
     data, rows, pixels = data.to(device), [], {}  # pixels: their accuracies by normalisation
+    replaces = args.out.exists()  # a table, which stands until the new one is whole
+    probes = len(data.train), len(data.test), args.k, args.probe_epochs, args.seed
     for path, contents in loaded:
         normalised = data.with_normalization(contents["data"])
         origin = (path, files.sha256(path), contents["epoch"], contents["data"]["name"], data.name)
         for network in [name for name in PROBED if name in args.network]:
-            world.say(f"probing {network} of {path}")
             if network == "input":
                 key = normalised.mean, normalised.std  # most checkpoints have the same
                 if key not in pixels:
@@ -72,19 +74,22 @@ def main(args, device, world):
             else:
                 encoder = load_network(contents, network, device).encoder
                 values = probe_encoder(encoder, normalised, args, world)
-            row = dict(zip(COLUMNS, (*origin, network), strict=False))
-            rows.append(dict.fromkeys(COLUMNS) | row | values)
-            if world.is_main:
+            found = [values.get(probe) for probe in PROBES]
+            rows.append(dict(zip(COLUMNS, (*origin, network, *found, *probes), strict=True)))
+            said = (f"{probe} {value:.2f}" for probe, value in values.items())
+            world.say(f"{network} of {path}: {', '.join(said)}")
+            if world.is_main and not replaces:
                 files.write_csv(args.out, COLUMNS, rows)
     if world.is_main:
+        files.write_csv(args.out, COLUMNS, rows)
         say_table(args, rows, data.name, world)
 
 
 def lock_table(args):
-    """Lock the CSV file --out; refuse one that exists, or is a checkpoint to be read."""
-    if args.out.resolve() in [Path(path).resolve() for path in args.checkpoints]:
-        raise InputError(f"--out {args.out} is a checkpoint to be probed; give another file")
+    """Lock the CSV file --out; refuse one that exists, or with --overwrite is of something else."""
     check_output(args)
+    if args.out.exists():
+        files.read_csv(args.out, COLUMNS)
     return lock(args.out.with_name(f".{args.out.name}.lock"), f"--out {args.out}")
 
 

@@ -51,6 +51,8 @@ class Plane:
 
         names: of the parameters, without buffers. Raises ValueError where the three lie on a line.
         """
+        if kind not in PLANES:
+            raise ValueError(f"kind must be one of {PLANES}, not {kind!r}")
         self.states, self.to_pq = list(states), torch.eye(2, dtype=torch.float64)
         start, *ends = states
         d1, d2 = (

@@ -112,10 +112,12 @@ def build_encoder(encoder, norm=None, image_size=32):
 
     norm: one of ``NORMS``, or None for the architecture's own. image_size: side of the images in
     pixels, at least 32 for a VGG. The encoder's ``embedding_dim`` is the width of its output.
-    Raises InputError for unknown encoders, and for norms and sizes that a ViT cannot have.
+    Raises InputError for unknown names, and for norms and sizes that a ViT cannot have.
     """
     if encoder not in ENCODERS:
         raise InputError(f"unknown encoder '{encoder}': choose one of {', '.join(ENCODERS)}")
+    if norm not in (None, *NORMS):
+        raise InputError(f"unknown norm '{norm}': choose one of {', '.join(NORMS)}")
     with torch.device("meta"):
         return ENCODERS[encoder](norm, image_size)
 

@@ -61,8 +61,8 @@ def linear_probe(
                 optimizer.zero_grad()
                 F.cross_entropy(fc(train_x[batch]), train_y[batch]).backward()
                 optimizer.step()
-    hits = fc(test_x).argmax(1) == test_y
-    return 100 * hits.float().mean().item()
+    hits = (fc(test_x).argmax(1) == test_y).sum()
+    return 100 * (hits.item() / len(test_y))
 
 
 def knn_probe(train_x, train_y, test_x, test_y, k=20):
@@ -75,6 +75,7 @@ def knn_probe(train_x, train_y, test_x, test_y, k=20):
         return knn_probe_torch(train_x, train_y, test_x, test_y, k)
     from sklearn.neighbors import KNeighborsClassifier  # here, as importing it takes a second
 
+    train_x, test_x = train_x.detach(), test_x.detach()
     classifier = KNeighborsClassifier(k, algorithm="brute")
     with warnings.catch_warnings():  # that there are many classes for so few images
         warnings.simplefilter("ignore", UserWarning)

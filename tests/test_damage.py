@@ -23,6 +23,7 @@ import pytest
 import torch
 from helpers import CASES, DATA, SUPERVISED, TINY, finish, one_sentence, snapshot, start, table
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 
 
 class Run:
@@ -304,6 +305,7 @@ def test_a_disk_that_fills_within_a_checkpoint(run_of):
     limited = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000))"
     result = start(*run.command, before=limited).wait()
     assert one_sentence(result, "checkpoint.pt", "File too large") == ""
+    assert "epoch 0/4: loss" in result.out  # what was computed is said
     assert not list(run.out.glob(".*.tmp"))
     assert run.ends_wrong() == ""
 
@@ -439,6 +441,33 @@ def test_an_overwritten_sweep_leaves_nothing_behind(run_of, script, monkeypatch)
     assert states and all(snapshot(run.out)[name] != before[name] for name in states)
 
 
+def test_overwrite_deletes_no_file_of_somebody_else(run_of, script):
+    run = run_of("new distill")
+    run.out.mkdir()
+    (run.out / "log.csv").write_text("mine")
+    command = *run.command[:2], "--overwrite --out", run.out
+    assert one_sentence(script(*command), "log.csv") == ""
+    assert (run.out / "log.csv").read_text() == "mine"
+    (run.out / "log.csv").rename(run.out / "curves.ipynb")
+    for _ in range(2):
+        assert script(*command).code == 0 and (run.out / "curves.ipynb").exists()
+
+
+def test_a_table_of_probes_stands_until_another_is_whole(script, finished, tmp_path, monkeypatch):
+    path, calls = tmp_path / "probe.csv", itertools.count()
+    flags = finished["a"] / "checkpoint.pt", DATA, "--k 5 --probe knn --out", path
+    assert script("probe", flags).code == 0
+    before = path.read_bytes()
+    before_each(
+        monkeypatch, KNeighborsClassifier, "fit", lambda *_: next(calls) % 2 and TERMINATE()
+    )
+    assert script("probe", flags, "--overwrite").code == 143
+    assert path.read_bytes() == before
+    path.unlink()
+    assert script("probe", flags).code == 143
+    assert [row["network"] for row in table(path)] == ["teacher"]
+
+
 def test_a_sweep_that_was_made_longer_and_stopped_says_so(run_of, monkeypatch):
     run, calls = run_of("half sweep"), itertools.count()
     before_each(monkeypatch, torch.optim.AdamW, "step", lambda *_: next(calls) == 3 and TERMINATE())
@@ -521,7 +550,7 @@ def test_a_chain_that_diverges_does_not_end_the_others(script, tmp_path, monkeyp
 
 INDUCTOR = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
 ERRORS = [
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "memory"),
+    (RuntimeError("enforce fail. DefaultCPUAllocator: can't allocate memory"), 2, "memory"),
     (torch.OutOfMemoryError("CUDA out of memory."), 2, "memory"),
     (MemoryError(), 2, "memory"),
     (INDUCTOR("no g++"), 2, "--compile"),

@@ -85,8 +85,10 @@ def test_statistics_are_interpolated_and_variances_stay_positive():
     assert (plane.write_(network(7), -30, -30).state_dict()["1.running_var"] >= 0).all()
 
 
-def test_three_networks_on_a_line_span_no_plane():
+def test_three_networks_on_a_line_span_no_plane_and_there_are_two_kinds():
     a, b, _ = states()
     for three in ([a, b, interpolate(a, b, 0.5)], [a, a, b]):
         with pytest.raises(ValueError, match="one line"):
             Plane(three, names())
+    with pytest.raises(ValueError, match="orthogonal"):
+        Plane(states(), names(), "orthonormal")

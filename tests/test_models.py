@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from rtd.errors import InputError
 from rtd.init import init_encoder_, init_head_
 from rtd.models import ENCODERS, NORMS, build_encoder, build_network, parameter_count
 
@@ -50,6 +51,12 @@ def test_other_sizes_are_taken_and_the_head_follows():
         images = torch.empty(2, 3, size, size, device="meta")
         assert encoder(images).shape == (2, encoder.embedding_dim)
     assert encoder.encoder.pos_embedding.shape == (1, 64 + 1, 192)  # patches of 8x8 pixels
+
+
+def test_unknown_names_are_refused_with_those_that_are_known():
+    for names in ({"encoder": "vgg12"}, {"encoder": "vgg11", "norm": "bach"}):
+        with pytest.raises(InputError, match="batch|vgg13"):
+            build_network(**names)
 
 
 def test_vgg11_has_no_dropout_and_a_norm_only_before_the_relu():

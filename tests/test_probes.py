@@ -32,6 +32,7 @@ def test_knn_is_brute_force_by_euclidean_distance(generator, knn):
         predicted = np.array([np.bincount(row, minlength=4).argmax() for row in votes])
         expected = 100 * (predicted == test_y.numpy()).mean()
         assert knn(train_x, train_y, test_x, test_y, k) == pytest.approx(expected)
+    assert knn(train_x.requires_grad_(), train_y, train_x, train_y, 1) == 100
     # two classes that differ in length alone, which cosines cannot tell apart
     x = torch.cat([torch.linspace(1, 2, 50), torch.linspace(5, 6, 50)])[:, None] * torch.ones(8)
     y = torch.arange(100) // 50

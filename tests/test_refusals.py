@@ -76,6 +76,9 @@ probe {distill}/best.pt file                          | file
 probe {imp}/chains/init0-rewind0.pt                   | init0-rewind0.pt run_distill.py
 probe {distill}/best.pt --k 41                        | --k 41 40
 probe {distill}/best.pt --out file                    | file --overwrite
+probe {distill}/best.pt --out {distill}/log.csv --overwrite | log.csv columns
+probe {distill}/best.pt --out {a}/checkpoint.pt --overwrite | checkpoint.pt CSV
+probe {distill}/best.pt --out other --overwrite       | other folder
 probe {distill}/best.pt --out nowhere/probe.csv       | nowhere
 probe {distill}/best.pt --dataset cifar10             | --data-dir
 probe {distill}/best.pt --seed x                      | --seed 'x'
@@ -106,6 +109,7 @@ landscape --y-axis {narrow}/checkpoint.pt:student     | --y-axis {narrow} --out-
 landscape --y-axis {elsewhere}/checkpoint.pt:student  | --y-axis {elsewhere} normalised
 landscape! --plot-only file --out x.png               | file
 landscape! --plot-only nowhere --out x.png            | nowhere
+landscape! --plot-only {landscape} --k 3 --out x.png  | --plot-only --k
 landscape! --plot-only {landscape} --out file         | file --overwrite
 landscape! --plot-only {landscape} --out no/x.png     | no/x.png folder
 landscape! --plot-only {landscape} --out /proc/x.png  | /proc/x.png

@@ -217,9 +217,26 @@ def test_images_of_an_epoch_and_of_the_probes_are_chosen(script, finished, tmp_p
     flags = "--dataset noise --subset 10 --epochs 3 --epochs-of 20 --batch-size 5 --probe-every 3"
     rows = log(script, tmp_path, flags, "--probe-dataset digits --probe-subset 40 --probe knn")
     assert [row["step"] for row in rows] == [2 * epoch for epoch in range(7)]
+    result = script(
+        "distill",
+        TINY,
+        flags,
+        "--epochs 1 --resume --probe knn --probe-dataset digits --probe-subset 40 --out",
+        tmp_path,
+    )
+    assert helpers.one_sentence(result, "--epochs", "epoch 6", "after 2") == ""
     assert {row["epoch"] for row in rows if row["student_knn"] is not None} == {0, 6}
     assert json.loads((tmp_path / "config.json").read_text())["flags"]["epochs"] == 3
     assert rows[0]["teacher_knn"] == table(finished["distill"] / "log.csv")[0]["teacher_knn"]
+
+
+def test_a_student_that_cannot_move_is_said(script, tmp_path):
+    """An exact copy without batch norm: where both see one batch, the gradient is exactly 0."""
+    flags = f"{TINY} --subset 16 --probe none --epochs 1 --alpha 0 --norm"
+    for norm, said in (("none", True), ("batch", False)):
+        assert (
+            "not moved" in well(script("distill", flags, norm, "--out", tmp_path / norm)).out
+        ) == said
 
 
 def test_a_sweep_has_a_run_for_each_combination(script, finished, tmp_path):

@@ -223,7 +223,7 @@ def run(main, args):
                 message += "; the same command with --resume goes on"
         elif isinstance(error, (InputError, Diverged)):
             code, message = 1 if isinstance(error, Diverged) else 2, error
-        elif re.search("MemoryError|out of memory|DefaultCPUAll|Storage size", text):
+        elif re.search("MemoryError|out of memory|DefaultCPUAll|Storage size", repr(error)):
             message = f"the memory does not hold it; give smaller sizes, batches, subsets ({text})"
         elif isinstance(error, ImportError):
             message = f"{text}; pip install -e '.[full]' installs all that is optional"

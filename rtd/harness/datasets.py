@@ -256,7 +256,7 @@ def _class_folders(root):
             inside[:] = shown(inside)
             found += [Path(folder, file) for file in filter(is_image_file, shown(files))]
         if not found:
-            raise InputError(f"--data-dir: no image (.png, .jpg, ...) in the folder {root / name}")
+            raise InputError(f"--data-dir: {root / name} has no image (.png, .jpg, ...); remove it")
         images += [(path, label) for path in sorted(found)]
     if len(classes) < 2:
         raise InputError(

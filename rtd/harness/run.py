@@ -20,6 +20,7 @@ except ImportError:  # on Windows nothing stops two processes from writing into 
 
 RUNNING = ("out", "resume", "overwrite", "save_every", "no_plot", "plot_format", "data_dir")
 RUNNING += ("download", "device")  # flags that may differ between a run and its --resume
+WRITTEN = ("csv", "json", "pt", *plots.FORMATS)  # what --overwrite may delete
 
 
 def lock(path, flag):
@@ -42,7 +43,9 @@ def lock(path, flag):
 
 def check_output(args):
     """Refuse an --out, a file, that exists (without --overwrite) or has no folder."""
-    if args.out.exists() and not (args.overwrite and args.out.is_file()):
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out} is a folder; give a file")
+    if args.out.exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists; --overwrite replaces a file")
     if not args.out.parent.is_dir():
         raise InputError(f"--out {args.out}: there is no folder {args.out.parent}")
@@ -86,7 +89,8 @@ class Run:
             raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
         inside = list(folder.glob("[!.]*"))
         if inside and not (args.resume or args.overwrite):
-            raise InputError(f"--out {folder} holds a run; give --resume or --overwrite")
+            what = "--resume continues the run there, --overwrite replaces it"
+            raise InputError(f"--out {folder} is not empty; {what}")
         if args.overwrite and config.exists():
             with files.reading(config, "of a run"):
                 before = kind_of(files.read_json(config)["identity"])
@@ -105,7 +109,10 @@ class Run:
                 self.config["earlier"] = [*before.get("earlier", []), session]
                 self._changed = any(before["flags"].get(name) != flags[name] for name in may_change)
         old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
-        old = [path for path in old if not path.is_dir()]
+        old = [path for path in old if path.suffix[1:] in WRITTEN and not path.is_dir()]
+        foreign = [p for p in old if not (config.exists() or p.with_name(config.name).exists())]
+        if foreign:
+            raise InputError(f"--overwrite would delete {min(foreign)}, of no run; move it")
         if lost := {path.resolve() for path in old} & {Path(path).resolve() for path in read}:
             raise InputError(f"--overwrite would delete {min(lost)}, which this run reads; move it")
         # and what ``atomic_write`` leaves if it is killed
@@ -124,8 +131,8 @@ class Run:
             file.write(json.dumps(self.config, indent=2) + "\n")
         self._changed = False
 
-    def _keep_flags(self):
-        """Write those that changed, once something was done with them: none was refused then."""
+    def keep_flags(self):
+        """Write config.json anew if flags changed: once something was done, none is refused."""
         if self._changed and self.world.is_main:
             self._write_config()
 
@@ -199,7 +206,6 @@ class Run:
                 run.say(f"{name} {done + 1} of {len(mine)}" + f", {left} left" * (spent > 60))
             try:
                 do(units[i], run)
-                self._keep_flags()
             except Diverged as error:
                 run.say(error)
                 diverged[i] = str(error)  # the error itself would hold on to the network
@@ -217,7 +223,7 @@ class Run:
         """Write ``rows`` as the CSV file ``name`` of this run."""
         if self.world.is_main:
             files.write_csv(self.folder / name, columns, rows)
-            self._keep_flags()
+            self.keep_flags()
 
     def concatenate(self, name, columns, parts):
         """Write those of the tables ``parts`` that exist yet as one, ``name``; returns its rows."""

@@ -76,7 +76,11 @@ def run(args, planned, device, world, do, products, title):
         else:
             sweep.draw("curves", plots.curves, groups[()], title)
 
-    sweep.for_each(planned, lambda one, run: do(one, device, run.world), finish=finish)
+    def do_one(one, run):
+        do(one, device, run.world)
+        sweep.keep_flags()
+
+    sweep.for_each(planned, do_one, finish=finish)
 
 
 def summarize(sweep, names, groups, probes):
