@@ -16,8 +16,8 @@ Writes config.json, log.csv, checkpoint.pt, best.pt and curves.png into the fold
 a row an epoch: mean loss, KL and entropies of the outputs in nats, distances from the start, probes
 in percent, training's images per second, seconds since the start. The flags marked * take several
 values: each combination is a run in a folder of its own. summary.csv has mean and deviation over
-the seeds of each quantity of log.csv in the final epoch, and at best over the epochs; sweep.png and
-dynamics.png show them.
+the seeds: of the probes in the final epoch and at best, of KL and distances in the final epoch.
+sweep.png and dynamics.png show them.
 """
 
 import argparse

@@ -32,7 +32,7 @@ from rtd.supervised import empty_classifier
 
 COLUMNS = ("init", "rewind_epoch", "control", "round", "sparsity", "remaining_parameters")
 COLUMNS += ("test_accuracy", "test_accuracy_best", "epochs", "seconds")
-PRODUCTS = ("imp.*", "chains/init*-rewind*")
+PRODUCTS = ("imp.csv", "imp.*", "chains/init*-rewind*")
 
 
 def parse_args(argv=None):

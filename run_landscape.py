@@ -36,7 +36,7 @@ from rtd.probes import PROBES
 COLUMNS = ("i", "j", "x", "y", *(f"{a}_{b}" for a in ("train", "test") for b in MEASURES))
 COLUMNS += (*PROBES, "norm_encoder", "norm_head", "norm_total")
 POINTS = ("name", "x", "y")
-PRODUCTS = ("landscape.*", "points.csv")
+PRODUCTS = ("landscape.csv", "landscape.*", "landscape.part*.pt", "points.csv")
 TEACHER = "theta_T"
 PROBE_BATCH = 512  # images per step of the linear probes, which are many
 

@@ -43,7 +43,7 @@ from rtd.supervised import empty_classifier
 
 COLUMNS = ("init", "i", "j", "gamma", "bn", "train_error", "test_error", "train_loss", "test_loss")
 BARRIERS = ("init", "bn", "statistic", "i", "j", "train_barrier", "test_barrier")
-PRODUCTS = ("barriers.csv", "lmc.*", "runs/init*-run*", "lines/init*")
+PRODUCTS = ("barriers.csv", "lmc.csv", "lmc.*", "runs/init*-run*", "lines/init*")
 LINES = ("points", "bn_statistics", "bn_batches", "line_subset")
 
 

@@ -14,6 +14,7 @@ accuracies in percent, the checkpoint's epoch and SHA-256, and what decides the 
 
 from pathlib import Path
 
+from rtd.errors import InputError
 from rtd.harness import cli, files
 from rtd.harness.checkpoint import ROLES, check_model, load_checkpoint, load_network
 from rtd.harness.run import check_output, lock
@@ -88,8 +89,8 @@ def main(args, device, world):
 def lock_table(args):
     """Lock the CSV file --out; refuse one that exists, or with --overwrite is of something else."""
     check_output(args)
-    if args.out.exists():
-        files.read_csv(args.out, COLUMNS)
+    if args.out.exists() and "sha256" not in (files.read_csv(args.out) or [""])[0]:
+        raise InputError(f"--overwrite: {args.out} is no table of probes; give another --out")
     return lock(args.out.with_name(f".{args.out.name}.lock"), f"--out {args.out}")
 
 

@@ -296,6 +296,8 @@ def test_a_flush_interrupted_loses_nothing(run_of, monkeypatch, name, file, even
         assert helpers.state(run.out / file)["epoch"] == 3
     else:
         assert {path: path.read_bytes() for path in before} == before
+    if (name, file) == ("distill", "checkpoint.pt"):  # the row of an epoch has room in any case
+        assert [row["epoch"] for row in table(run.out / "log.csv")] == [0, 1, 2, 3]
     assert run.ends_wrong() == ""
 
 
@@ -448,9 +450,24 @@ def test_overwrite_deletes_no_file_of_somebody_else(run_of, script):
     command = *run.command[:2], "--overwrite --out", run.out
     assert one_sentence(script(*command), "log.csv") == ""
     assert (run.out / "log.csv").read_text() == "mine"
-    (run.out / "log.csv").rename(run.out / "curves.ipynb")
+    for name in ("curves.ipynb", "curves.csv"):
+        (run.out / name).write_text("mine")
+    (run.out / "log.csv").unlink()
     for _ in range(2):
-        assert script(*command).code == 0 and (run.out / "curves.ipynb").exists()
+        assert script(*command).code == 0 and len(list(run.out.glob("curves.*"))) == 2
+
+
+def test_whole_runs_become_a_sweep_and_others_files_do_not(run_of, script):
+    run = run_of("sweep")
+    for name in ("config.json", "summary.csv"):
+        (run.out / name).unlink()
+    command = *run.command[:2], "--overwrite --out", run.out
+    assert script(*command).code == 0 and run.differs() == ""
+    shutil.rmtree(mine := run.out / "alpha0.5-seed1")
+    mine.mkdir()
+    (mine / "log.csv").write_text("mine")
+    assert one_sentence(script(*command), mine / "log.csv") == ""
+    assert (mine / "log.csv").read_text() == "mine"
 
 
 def test_a_table_of_probes_stands_until_another_is_whole(script, finished, tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ probe {distill}/best.pt file                          | file
 probe {imp}/chains/init0-rewind0.pt                   | init0-rewind0.pt run_distill.py
 probe {distill}/best.pt --k 41                        | --k 41 40
 probe {distill}/best.pt --out file                    | file --overwrite
-probe {distill}/best.pt --out {distill}/log.csv --overwrite | log.csv columns
+probe {distill}/best.pt --out {distill}/log.csv --overwrite | log.csv probes
 probe {distill}/best.pt --out {a}/checkpoint.pt --overwrite | checkpoint.pt CSV
 probe {distill}/best.pt --out other --overwrite       | other folder
 probe {distill}/best.pt --out nowhere/probe.csv       | nowhere

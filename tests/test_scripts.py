@@ -231,7 +231,7 @@ def test_images_of_an_epoch_and_of_the_probes_are_chosen(script, finished, tmp_p
 
 
 def test_a_student_that_cannot_move_is_said(script, tmp_path):
-    """An exact copy without batch norm: where both see one batch, the gradient is exactly 0."""
+    """An exact copy without batch norm, whose outputs here are the teacher's to the bit."""
     flags = f"{TINY} --subset 16 --probe none --epochs 1 --alpha 0 --norm"
     for norm, said in (("none", True), ("batch", False)):
         assert (

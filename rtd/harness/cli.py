@@ -224,6 +224,7 @@ def run(main, args):
         elif isinstance(error, (InputError, Diverged)):
             code, message = 1 if isinstance(error, Diverged) else 2, error
         elif re.search("MemoryError|out of memory|DefaultCPUAll|Storage size", repr(error)):
+            text = " ".join(f"{error}".split())[:200]
             message = f"the memory does not hold it; give smaller sizes, batches, subsets ({text})"
         elif isinstance(error, ImportError):
             message = f"{text}; pip install -e '.[full]' installs all that is optional"

@@ -20,7 +20,7 @@ except ImportError:  # on Windows nothing stops two processes from writing into 
 
 RUNNING = ("out", "resume", "overwrite", "save_every", "no_plot", "plot_format", "data_dir")
 RUNNING += ("download", "device")  # flags that may differ between a run and its --resume
-WRITTEN = ("csv", "json", "pt", *plots.FORMATS)  # what --overwrite may delete
+PICTURES = [f".{kind}" for kind in plots.FORMATS]
 
 
 def lock(path, flag):
@@ -60,10 +60,11 @@ class Run:
     """A run's folder, its lock, config.json, tables and state files, and how it is continued.
 
     products: glob patterns of the files that it may write besides config.json, which --overwrite
-    deletes. may_change: flags besides ``RUNNING`` that may differ on --resume. images: {name:
-    SHA-256} of the images that it reads. networks: what it reads as PATH:NETWORK; entries that name
-    no file are ignored. Raises InputError for a folder that holds a run already (without --resume
-    or --overwrite), or was run with other flags, checkpoints or images, or is in use.
+    deletes; NAME.* are pictures. may_change: flags besides ``RUNNING`` that may differ on --resume.
+    images: {name: SHA-256} of the images that it reads. networks: what it reads as PATH:NETWORK;
+    entries that name no file are ignored. Raises InputError for a folder that holds a run already
+    (without --resume or --overwrite), or was run with other flags, checkpoints or images, or is in
+    use.
     """
 
     def __init__(self, args, device, world, products, may_change, images, networks=()):
@@ -89,8 +90,9 @@ class Run:
             raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
         inside = list(folder.glob("[!.]*"))
         if inside and not (args.resume or args.overwrite):
-            what = "--resume continues the run there, --overwrite replaces it"
-            raise InputError(f"--out {folder} is not empty; {what}")
+            way = "--resume continues its run, --overwrite replaces it"
+            way = way if config.exists() else "give an empty or a new one"
+            raise InputError(f"--out {folder} is not empty; {way}")
         if args.overwrite and config.exists():
             with files.reading(config, "of a run"):
                 before = kind_of(files.read_json(config)["identity"])
@@ -108,8 +110,10 @@ class Run:
                 session = {key: before[key] for key in ("command", "commit", "started")}
                 self.config["earlier"] = [*before.get("earlier", []), session]
                 self._changed = any(before["flags"].get(name) != flags[name] for name in may_change)
-        old = [path for pattern in products for path in folder.glob(pattern) if args.overwrite]
-        old = [path for path in old if path.suffix[1:] in WRITTEN and not path.is_dir()]
+        old = []
+        for pattern in products if args.overwrite else ():
+            kinds = PICTURES if pattern.endswith(".*") else (".csv", ".json", ".pt")
+            old += [p for p in folder.glob(pattern) if p.suffix in kinds and not p.is_dir()]
         foreign = [p for p in old if not (config.exists() or p.with_name(config.name).exists())]
         if foreign:
             raise InputError(f"--overwrite would delete {min(foreign)}, of no run; move it")

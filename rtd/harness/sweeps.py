@@ -54,9 +54,9 @@ def run(args, planned, device, world, do, products, title):
     same = {"flags that vary": varied(args)}
     old = []
     if args.overwrite:  # old runs go now, lest one that is not done anew be taken for done
-        there = [one.out for one in planned if one.out.is_dir()]
+        there = [one.out for one in planned if (one.out / "config.json").exists()]
         world.in_main(lambda: [lock(run / ".lock", f"--out {run}") for run in there])
-        old = [f"{run.name}/{file}" for run in there for file in ("config.json", *products)]
+        old = [f"{run.name}/{file}" for run in there for file in (*products, "config.json")]
     sweep = Run(args, device, world, (*PRODUCTS, *old), ("epochs", *SWEPT), same, [args.teacher])
 
     def finish(diverged):
