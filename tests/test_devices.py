@@ -154,7 +154,8 @@ def test_the_linear_probe_trains_where_its_features_are(meta, monkeypatch):
     )
     seen = []
     monkeypatch.setattr(torch.Tensor, "item", lambda self: seen.append(self.device) or 0.5)
-    assert probes.linear_probe(x, y, x, y, 3, torch.Generator(), batch_size=20) == 50
+    found = probes.linear_probe(x, y, x, y, 3, torch.Generator(), batch_size=20)
+    assert found == 100 * (0.5 / 60)
     assert seen.count(meta) == 1  # the others are the optimizer's, of its counts on the CPU
 
 

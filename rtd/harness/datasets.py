@@ -256,7 +256,8 @@ def _class_folders(root):
             inside[:] = shown(inside)
             found += [Path(folder, file) for file in filter(is_image_file, shown(files))]
         if not found:
-            raise InputError(f"--data-dir: {root / name} has no image (.png, .jpg, ...); add some")
+            what = "no image (.png, .jpg, ...) in the folder"
+            raise InputError(f"--data-dir: {what} {root / name}; add some")
         images += [(path, label) for path in sorted(found)]
     if len(classes) < 2:
         raise InputError(

@@ -89,17 +89,18 @@ class Run:
         except OSError as error:
             raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
         inside = list(folder.glob("[!.]*"))
+        # a folder of nothing but whole runs is that of a new sweep, which takes them up
+        runs_only = all((path / "config.json").exists() for path in inside)
         if inside and not (args.resume or args.overwrite):
             way = "--resume continues its run, --overwrite replaces it"
-            way = way if config.exists() else "give an empty or a new one"
+            way = way if config.exists() or runs_only else "give an empty or a new one"
             raise InputError(f"--out {folder} is not empty; {way}")
         if args.overwrite and config.exists():
             with files.reading(config, "of a run"):
                 before = kind_of(files.read_json(config)["identity"])
             if before != kind_of(self.identity):  # whose other files would stay
                 raise InputError(f"--overwrite: {folder} is of {before}; give another --out")
-        # a folder of nothing but whole runs is that of a new sweep, which takes them up
-        continued = args.resume and any(not (path / "config.json").exists() for path in inside)
+        continued = args.resume and not runs_only
         if continued and not config.exists():
             raise InputError(f"--resume: {folder} has no config.json; give another --out")
         self._lock = lock(folder / ".lock", f"--out {folder}")
