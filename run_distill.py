@@ -211,7 +211,7 @@ def resumed(progress, run):
     """
     rows, begun, epochs = progress["rows"], progress["training"]["epoch"], run.args.epochs
     if begun > epochs:
-        raise InputError(f"--epochs: {run.folder} has begun epoch {begun}, which is after {epochs}")
+        raise InputError(f"--epochs: {run.folder} has begun epoch {begun}; {epochs} are too few")
     columns = [f"student_{probe}" for probe in run.args.probe]
     if len(rows) > epochs and any(rows[-1][column] is None for column in columns):
         rows.pop()  # without a step

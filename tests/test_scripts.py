@@ -224,7 +224,7 @@ def test_images_of_an_epoch_and_of_the_probes_are_chosen(script, finished, tmp_p
         "--epochs 1 --resume --probe knn --probe-dataset digits --probe-subset 40 --out",
         tmp_path,
     )
-    assert helpers.one_sentence(result, "--epochs", "epoch 6", "after 2") == ""
+    assert helpers.one_sentence(result, "--epochs", "epoch 6", "2 are too few") == ""
     assert {row["epoch"] for row in rows if row["student_knn"] is not None} == {0, 6}
     assert json.loads((tmp_path / "config.json").read_text())["flags"]["epochs"] == 3
     assert rows[0]["teacher_knn"] == table(finished["distill"] / "log.csv")[0]["teacher_knn"]
