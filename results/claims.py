@@ -74,7 +74,7 @@ class Number(NamedTuple):
     test_images: int | None  # None: no accuracy
 
     def __str__(self):
-        return f"{spread(self.mean, self.std)} (n = {self.n})"
+        return spread(self.mean, self.std) + f" (n = {self.n})" * (self.n > 1)
 
 
 def shown(value):

@@ -30,7 +30,9 @@ from pathlib import Path
 from claims import RESULTS, ROOT, ROWS, SCALES, commands, config, lines_of, pictures, spread, text
 
 VGG11 = 3.5  # hours on two cores with bf16 for one run of the paper's protocol: the unit V
-GPU = 0.03 / VGG11  # hours on a GPU for one on two cores: on an H200, with six runs side by side
+# Hours on a GPU for one on two cores, from runs on an H200: six of Fig. 1's side by side, and
+# Table 1's four small ones in turn.
+GPU = {"paper": 0.03 / VGG11, "small": 0.22 / 1.7}
 MARKS = "<!-- results/reproduce.py writes this -->", "<!-- and ends here -->"
 
 # ---------------------------------------------------------------------------------------- running
@@ -168,11 +170,10 @@ def section(name):
     for scale in ("small", "paper"):
         if lines := commands(name, scale):
             time = hours(name, scale)
-            gpu = f", {max(time * GPU, 0.01):,.{0 if time > 100 else 2}f} h on a GPU (estimate)"
+            gpu = time * GPU[scale]
             call = f"python results/reproduce.py {name} --scale {scale} --data-dir data"
-            said.append(
-                f"Scale `{scale}`, {time:,.{time < 10:d}f} h on two cores{gpu}:\n\n    {call}"
-            )
+            cost = f"{time:,.{time < 10:d}f} h on two cores, {gpu:,.{2 * (gpu < 1)}f} h on a GPU"
+            said.append(f"Scale `{scale}`, {cost} (estimate):\n\n    {call}")
             listed = "\n".join(f"python {line}" for line in lines)
             said.append(f"<details><summary>its runs</summary>\n\n```\n{listed}\n```\n\n</details>")
     return "\n\n".join(filter(None, said))
@@ -192,7 +193,6 @@ def headlines():
             said = short(name, table)
             if "not run" in ours:
                 ours, said = "", "not run yet"
-            ours = ours.replace(" (n = 1)", "")  # said once, below the table
             cells.append(f"| {claim} | {paper} | {ours} | {said} |")
     return "\n".join(cells)
 
@@ -266,9 +266,8 @@ def list_rows():
         there = [scale for scale in SCALES if (RESULTS / name / scale).is_dir()]
         print(f"{name:<7} {text(name, 'title')}")
         print(f"{'':<7} {costs or 'reads the runs of other rows'}; here: {', '.join(there) or '-'}")
-    print(
-        f"Hours are for two cores with bf16; a GPU takes about 1/{1 / GPU:.0f} of them (estimate)."
-    )
+    less = " and ".join(f"1/{1 / GPU[scale]:.0f} ({scale})" for scale in ("small", "paper"))
+    print(f"Hours are for two cores with bf16; a GPU takes about {less} of them (estimate).")
 
 
 def parse_args():
