@@ -26,7 +26,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, distance, teacher_answers
+from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, teacher_answers
 from rtd.errors import InputError
 from rtd.harness import cli, sweeps
 from rtd.harness.checkpoint import read_teacher
@@ -39,7 +39,7 @@ from rtd.harness.training import Training, probe_encoder
 from rtd.head import PAPER_SLOTS
 from rtd.init import init_student_, random_stream
 from rtd.last_layer import LOSSES, LastLayerLoss
-from rtd.models import ENCODERS, NORMS, build_network, parameter_count, random_network
+from rtd.models import ENCODERS, NORMS, build_network, norms, parameter_count, random_network
 from rtd.plots import PROBE_TITLES, best_and_final, curves
 from rtd.probes import PROBES
 
@@ -173,7 +173,7 @@ def distill(args, device, world):
         with training.saving(training.save):
             means = training.run_epoch(epoch) if epoch else training.evaluate_start()
             world.broadcast(teacher.buffers())  # with --ema each process moves its own
-            row = LastLayerLoss(*means)._asdict() | distance(student, student_init)
+            row = LastLayerLoss(*means)._asdict() | norms(student, student_init, "distance")
             if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
                 for name in moving if epoch else encoders:
                     found = probe_encoder(encoders[name], probed, args, world)

@@ -30,7 +30,8 @@ from rtd.harness.datasets import LABELLED, fingerprints
 from rtd.harness.run import Run, check_output
 from rtd.harness.training import probe_options
 from rtd.interpolation import PLANES, Plane
-from rtd.landscape import MEASURES, Landscape, asymmetry, norms
+from rtd.landscape import MEASURES, Landscape, asymmetry
+from rtd.models import norms
 from rtd.probes import PROBES
 
 COLUMNS = ("i", "j", "x", "y", *(f"{a}_{b}" for a in ("train", "test") for b in MEASURES))
@@ -107,33 +108,29 @@ def main(args, device, world):
     run = Run(args, device, world, PRODUCTS, (), fingerprints(data), specs.values())
     run.say(f"{data}; {run.config['device']}")
     cli.note_steps(args, data, world, PROBE_BATCH)
-    data, grid, done = data.to(device), make_grid(args, plane), load_points(run)
+    data, lines = data.to(device), make_grid(args, plane)
     landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)
-    missing = [point for point in grid if point[:2] not in done]
-    if done:
-        run.say(f"resumed: {len(done)} of {len(grid)} points are done")
 
-    def do(part, run):
-        name = f"landscape.part{part}.pt"
-        rows = (run.load(name) or {"rows": []})["rows"]
-        for i, j, x, y in progress(missing[part :: world.size], "landscape", "points"):
+    def do(line, run):
+        name = part(line)
+        rows = (run.load(name) or {"points": []})["points"]
+        for i, j, x, y in progress(line[len(rows) :], "landscape", "points"):
             plane.write_(network, x, y)
             if args.bn_statistics == "recompute":
                 landscape.recompute_batch_norm_(network)
             found = landscape.evaluate(network, **probe_options(args), batch_size=PROBE_BATCH)
             row = {"i": i, "j": j, "x": x, "y": y} | found | norms(network)
             rows.append(dict.fromkeys(COLUMNS) | row)
-            run.save(name, {"rows": rows})
+            run.save(name, {"points": rows})
 
-    run.for_each(range(world.size), do)
-    points = load_points(run)
-    world.in_main(lambda: report(run, [points[point[:2]] for point in grid], plane, names))
+    run.for_each(lines, do, "row")
+    rows = [row for line in lines for row in run.load(part(line))["points"]]
+    world.in_main(lambda: report(run, rows, plane, names))
 
 
-def load_points(run):
-    """{(i, j): row} of the points that are done, by whatever process."""
-    names = run.world.decide(lambda: sorted(p.name for p in run.folder.glob("landscape.part*.pt")))
-    return {(row["i"], row["j"]): row for name in names for row in run.load(name)["rows"]}
+def part(line):
+    """The state file of a row of the grid."""
+    return f"landscape.part{line[0][1]}.pt"
 
 
 def load_networks(specs, device):
@@ -166,7 +163,7 @@ def label(contents, which):
 
 
 def make_grid(args, plane):
-    """[(i, j, x, y)], row by row; by default around the networks with a margin of a quarter."""
+    """Rows of (i, j, x, y); by default around the networks with a margin of a quarter."""
     axes = []
     for axis, given in enumerate((args.x_range, args.y_range)):
         values = [corner[axis] for corner in plane.corners()]
@@ -175,7 +172,7 @@ def make_grid(args, plane):
         steps = max(1, n - 1)
         # in this form the teacher, at 0, is met exactly wherever rounding allows it
         axes.append([(low * (steps - k) + high * k) / steps for k in range(n)])
-    return [(i, j, x, y) for j, y in enumerate(axes[1]) for i, x in enumerate(axes[0])]
+    return [[(i, j, x, y) for i, x in enumerate(axes[0])] for j, y in enumerate(axes[1])]
 
 
 def report(run, rows, plane, names):

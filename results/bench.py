@@ -33,9 +33,9 @@ from rtd.harness.distributed import World
 from rtd.harness.training import Training
 from rtd.init import init_student_, random_stream
 from rtd.interpolation import Plane
-from rtd.landscape import Landscape, norms
+from rtd.landscape import Landscape
 from rtd.last_layer import last_layer_loss, output_log_mean_exp
-from rtd.models import ENCODERS, autocast, build_network, random_network
+from rtd.models import ENCODERS, autocast, build_network, norms, random_network
 from rtd.probes import extract_features, knn_probe, linear_probe
 from rtd.supervised import SupervisedLoss, build_classifier, sgd
 

@@ -138,19 +138,3 @@ class Distiller(nn.Module):
             labelled = F.cross_entropy(logits, train.labels[index])
             result = result._replace(loss=result.loss + self.beta * labelled)
         return result
-
-
-@torch.no_grad()
-def distance(network, start):
-    """{"distance_encoder", "distance_head", "distance_total"}: |theta - theta_start|_2 (Fig. 17).
-
-    start: the network's state dict at the start.
-    """
-    # torch sums each tensor pairwise, Python the sums in doubles; a GPU is waited for once
-    parameters = dict(network.named_parameters())
-    squares = [(p - start[name].to(p.device)).square().sum() for name, p in parameters.items()]
-    parts = {"encoder": 0.0, "head": 0.0}
-    for name, square in zip(parameters, torch.stack(squares).tolist(), strict=True):
-        parts[name.split(".")[0]] += square
-    parts["total"] = parts["encoder"] + parts["head"]
-    return {f"distance_{part}": value**0.5 for part, value in parts.items()}

@@ -138,16 +138,6 @@ class Landscape:
         return row | (probe(*features, self.data, probes, **options) if probes else {})
 
 
-def norms(network):
-    """{"norm_encoder", "norm_head", "norm_total"}: Euclidean norms of the parameters."""
-    encoder, head = (
-        sum(p.square().sum() for p in part.parameters()).item()
-        for part in (network.encoder, network.head)
-    )
-    squares = {"encoder": encoder, "head": head, "total": encoder + head}
-    return {f"norm_{name}": square**0.5 for name, square in squares.items()}
-
-
 def asymmetry(rows):
     """[(eps, KL at -eps, KL at +eps, their ratio)] along x around the teacher (Fig. 5's valley).
 

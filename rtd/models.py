@@ -190,3 +190,21 @@ def autocast(device, precision):
 def parameter_count(module):
     """Number of parameters, as in Table 5, without buffers such as running statistics."""
     return sum(p.numel() for p in module.parameters())
+
+
+@torch.no_grad()
+def norms(network, start=None, name="norm"):
+    """{"norm_encoder", "norm_head", "norm_total"}: Euclidean norms of a ``Network``'s parameters.
+
+    start: a state dict, whose distance is measured instead. name: to call it in the keys.
+    """
+    squares = {}
+    for key, p in network.named_parameters():
+        moved = p if start is None else p - start[key].to(p.device)
+        squares[key] = moved.square().sum()
+    # torch sums each tensor pairwise, Python the sums in doubles; a GPU is waited for once
+    parts = {"encoder": 0.0, "head": 0.0}
+    for key, square in zip(squares, torch.stack([*squares.values()]).tolist(), strict=True):
+        parts[key.split(".")[0]] += square
+    parts["total"] = parts["encoder"] + parts["head"]
+    return {f"{name}_{part}": value**0.5 for part, value in parts.items()}
