@@ -9,7 +9,6 @@ import itertools
 import numpy as np
 
 from rtd import plots
-from rtd.errors import InputError
 from rtd.harness import cli, files
 from rtd.harness.run import Run, lock
 
@@ -47,8 +46,6 @@ def run(args, planned, device, world, do, products, title):
     # refuse images that a later run would miss before the first begins
     for one in {(one.dataset, one.subset, one.out_dim): one for one in planned}.values():
         cli.load_sources(one, world)
-    if (args.out / "checkpoint.pt").exists():
-        raise InputError(f"--out {args.out} holds a single run; give a sweep another folder")
     names = [name for name in varied(args) if name != "seed"]
     # what varied may get more values when a sweep is continued, but names of folders stay
     same = {"flags that vary": varied(args)}
