@@ -26,6 +26,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from torch.nn import Flatten
+
 from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, teacher_answers
 from rtd.errors import InputError
 from rtd.harness import cli, sweeps
@@ -167,13 +169,15 @@ def distill(args, device, world):
         run.say(f"resumed after step {training.step}")
     cli.note_steps(args, probed, world)
 
-    encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": None}
+    encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": Flatten()}
     moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
     for epoch in range(len(rows), args.epochs + 1):
         with training.saving(training.save):
             means = training.run_epoch(epoch) if epoch else training.evaluate_start()
             world.broadcast(teacher.buffers())  # with --ema each process moves its own
-            row = LastLayerLoss(*means)._asdict() | norms(student, student_init, "distance")
+            known = rows[0] if epoch else {}
+            row = {c: None if c.startswith(moving) else known.get(c) for c in COLUMNS}
+            row |= LastLayerLoss(*means)._asdict() | norms(student, student_init, "distance")
             if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
                 for name in moving if epoch else encoders:
                     found = probe_encoder(encoders[name], probed, args, world)
@@ -239,9 +243,6 @@ class DistillationTraining(Training):
     def log(self, row):
         """Log the row of an epoch; keep the best student; save where it is due."""
         epoch, epochs = len(self.rows), self.args.epochs
-        once = "input" if self.args.ema else ("input", "teacher")  # probed before training
-        start = self.rows[0] if epoch else {}
-        row = {c: start.get(c) if c.startswith(once) else None for c in COLUMNS} | row
         row |= {"epoch": epoch, "step": self.step, "seconds": time.perf_counter() - self.began}
         row["images_per_second"] = self.images_per_second
         self.rows.append(row)
