@@ -200,11 +200,12 @@ def make_target(teacher, data, run):
 
 def count_epochs(args, run, data):
     """The flags with epochs of --epochs-of images turned into epochs of the data set."""
-    flags = vars(args).copy()
-    for name in ("epochs", "probe_every", "save_every") if args.epochs_of else ():
-        flags[name] = flags[name] and max(1, flags[name] * args.epochs_of // len(data.train))
-    if args.epochs_of:
-        run.say(f"--epochs-of {args.epochs_of}: {flags['epochs']} passes over the images")
+    if not args.epochs_of:
+        return args
+    flags, images = vars(args).copy(), len(data.train)
+    for name in ("epochs", "probe_every", "save_every"):
+        flags[name] = flags[name] and max(1, flags[name] * args.epochs_of // images)
+    run.say(f"--epochs-of {args.epochs_of}: {flags['epochs']} passes over the images")
     return argparse.Namespace(**flags)
 
 

@@ -135,7 +135,6 @@ def walk(start, a, b, data, run):
 
     network = materialize(empty_classifier(start.architecture, data.num_classes)).to(run.device)
     states = [end["training"]["classifier"] for end in ends]
-    states = [{name: x.to(run.device) for name, x in state.items()} for state in states]
     train = take(data.train, args.line_subset or min(10_000, len(data.train)), "line")
     images = batch_norm_images(data.train.images, args.bn_batches, args.batch_size)
     gammas = torch.linspace(0, 1, args.points, dtype=torch.float64).tolist()

@@ -92,13 +92,14 @@ class ProjectionHead(nn.Module):
     """
 
     def __init__(
-        self, in_dim, hidden_dim=2048, bottleneck_dim=256, out_dim=2**16, slots=PAPER_SLOTS
+        self, in_dim, hidden_dim=2048, bottleneck_dim=256, out_dim=2**16, bottleneck=PAPER_SLOTS
     ):
+        """bottleneck: the six slots of its ``L2Bottleneck``."""
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU()
         )
-        self.l2_bottleneck = L2Bottleneck(hidden_dim, bottleneck_dim, out_dim, slots)
+        self.l2_bottleneck = L2Bottleneck(hidden_dim, bottleneck_dim, out_dim, bottleneck)
 
     def bottleneck(self, x):
         """(B, in_dim) embeddings -> (B, bottleneck_dim) what the last layer sees."""

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from rtd.errors import InputError
-from rtd.head import PAPER_SLOTS, ProjectionHead
+from rtd.head import ProjectionHead
 from rtd.init import init_encoder_, init_head_
 
 # torchvision is imported where it is used: that takes as long as torch, and --help needs none.
@@ -138,26 +138,15 @@ class Network(nn.Module):
         return self.head(self.encoder(images))
 
 
-def build_network(
-    encoder,
-    out_dim=2**16,
-    hidden_dim=2048,
-    bottleneck_dim=256,
-    bottleneck=PAPER_SLOTS,
-    norm=None,
-    image_size=32,
-):
+def build_network(encoder, norm=None, image_size=32, **head):
     """A ``Network`` of a ``build_encoder`` and the paper's head, without values.
 
-    bottleneck: its six slots (``rtd.head``). Raises InputError as ``build_encoder`` does, and for
-    slots that do not go together.
+    head: out_dim, hidden_dim, bottleneck_dim and bottleneck of the ``ProjectionHead``. Raises
+    InputError as ``build_encoder`` does, and for slots that do not go together.
     """
     encoder = build_encoder(encoder, norm, image_size)
     with torch.device("meta"):
-        head = ProjectionHead(
-            encoder.embedding_dim, hidden_dim, bottleneck_dim, out_dim, bottleneck
-        )
-    return Network(encoder, head)
+        return Network(encoder, ProjectionHead(encoder.embedding_dim, **head))
 
 
 def materialize(module):

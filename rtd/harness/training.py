@@ -103,10 +103,8 @@ class Training:
         # as in a step, each process sees its part of a batch: SyncBatchNorm waits for all of them
         shares = map(self.world.share, batches)
         self.loss.train()
-        try:
-            values = [factor * torch.stack(self.loss(x, observe=True)) for x, factor in shares]
-        finally:
-            self.loss.load_state_dict(buffers, strict=False)
+        values = [factor * torch.stack(self.loss(x, observe=True)) for x, factor in shares]
+        self.loss.load_state_dict(buffers, strict=False)
         return self._mean(self._averaged(values), batches).tolist()
 
     def _step(self, batch):
