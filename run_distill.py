@@ -143,14 +143,12 @@ def distill(args, device, world):
     run = Run(args, device, world, PRODUCTS, ["epochs"], images=reads, networks=[args.teacher])
     run.args = args = count_epochs(args, run, data)  # only now: Run compares flags as given
     teacher.to(device), student.to(device)
-    contents = {"model": model, "data": data.source, "student_init": student_init}
-    contents |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
-    earlier = {"rows": [], "best": -1, "seconds": 0}
+    history = {"rows": [], "best": -1, "seconds": 0}
     if saved := run.load("checkpoint.pt", "log.csv", "checkpoint"):
         student.load_state_dict(saved["student"])
         teacher.load_state_dict(saved["teacher"])  # with --ema it has moved
-        earlier = resumed(saved["progress"], run)
-    rows = earlier["rows"]
+        history = resumed(saved["progress"], run)
+    rows = history["rows"]
     if len(rows) > args.epochs:
         run.say("all epochs are done")
         return report(run, rows)
@@ -163,27 +161,75 @@ def distill(args, device, world):
     target = make_target(teacher, data, run)
     distiller = Distiller(student, target, data, **options, compiled=args.compile)
     optimizer = adamw(student, args.lr, args.weight_decay, args.bias_decay)
-    training = DistillationTraining(distiller, optimizer, run, contents, earlier)
+    training = Training(distiller, optimizer, (args.seed,), run, args.out.name)
     if saved:
-        training.load_state(earlier["training"])
+        training.load_state(history["training"])
         run.say(f"resumed after step {training.step}")
     cli.note_steps(args, probed, world)
+    networks = {"student": student.state_dict(), "teacher": teacher.state_dict()}  # not copies
+    networks |= {"student_init": student_init, "model": model, "data": data.source}
+    train(training, teacher, probed, networks, history)
+    report(run, rows)
+
+
+def train(training, teacher, probed, networks, history):
+    """Train and probe what is left of all epochs, log each, keep the best student, save.
+
+    networks: what a checkpoint holds of them, the tensors that are trained. history: of earlier
+    sessions the rows of log.csv, to which new ones are added, the best accuracy and the seconds.
+    """
+    run, args, student, rows = training.run, training.args, training.loss.student, history["rows"]
+    began = time.perf_counter() - history["seconds"]  # as if there had been one session
+    better = []  # the best checkpoint, until it is saved
+
+    def checkpoint():
+        """The networks as they are and how far training went."""
+        return networks | {"epoch": len(rows) - 1, "step": training.step, "config": run.config}
+
+    def save():
+        """best.pt, if there is a better one, and checkpoint.pt, also in the middle of an epoch."""
+        if not rows:  # epoch 0 is not over
+            return
+        if better:
+            run.save("best.pt", better[0], "checkpoint")
+            better.clear()
+        history.update(training=training.state(), seconds=time.perf_counter() - began)
+        run.save("checkpoint.pt", checkpoint() | {"progress": history}, "checkpoint")
+
+    @deferred()
+    def log(epoch, row):
+        """Log the row of an epoch; keep the best student; save where it is due."""
+        row |= {"epoch": epoch, "step": training.step, "seconds": time.perf_counter() - began}
+        rows.append(row | {"images_per_second": training.images_per_second})
+        accuracy = row[f"student_{args.probe[0]}"] if args.probe else None  # the first decides
+        if epoch and accuracy is not None and accuracy > history["best"]:
+            history["best"] = accuracy
+            better[:] = [copy.deepcopy(checkpoint())]
+        run.say(f"epoch {epoch}/{args.epochs}: {in_words(rows[-1])}")
+        if epoch and not row["distance_total"]:
+            run.say("note: the student has not moved; give an --alpha above 0")
+        try:
+            if run.save_is_due(epoch, args.epochs):
+                save()
+        finally:  # a disk too full for a checkpoint may have room for a row
+            if (run.folder / "checkpoint.pt").exists():
+                run.table("log.csv", COLUMNS, rows)
 
     encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": Flatten()}
     moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
     for epoch in range(len(rows), args.epochs + 1):
-        with training.saving(training.save):
+        with training.saving(save):
             means = training.run_epoch(epoch) if epoch else training.evaluate_start()
-            world.broadcast(teacher.buffers())  # with --ema each process moves its own
+            run.world.broadcast(teacher.buffers())  # with --ema each process moves its own
             known = rows[0] if epoch else {}
             row = {c: None if c.startswith(moving) else known.get(c) for c in COLUMNS}
-            row |= LastLayerLoss(*means)._asdict() | norms(student, student_init, "distance")
+            row |= LastLayerLoss(*means)._asdict()
+            row |= norms(student, networks["student_init"], "distance")
             if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
                 for name in moving if epoch else encoders:
-                    found = probe_encoder(encoders[name], probed, args, world)
+                    found = probe_encoder(encoders[name], probed, args, run.world)
                     row |= {f"{name}_{probe}": accuracy for probe, accuracy in found.items()}
-            training.log(row)
-    report(run, rows)
+            log(epoch, row)
 
 
 def make_target(teacher, data, run):
@@ -217,6 +263,8 @@ def resumed(progress, run):
     rows, begun, epochs = progress["rows"], progress["training"]["epoch"], run.args.epochs
     if begun > epochs:
         raise InputError(f"--epochs: {run.folder} has begun epoch {begun}; {epochs} are too few")
+    if progress["best"] >= 0 and not (run.folder / "best.pt").exists():
+        run.say("note: best.pt is missing; only a better epoch to come will write it again")
     columns = [f"student_{probe}" for probe in run.args.probe]
     if len(rows) > epochs and any(rows[-1][column] is None for column in columns):
         rows.pop()  # without a step
@@ -224,62 +272,15 @@ def resumed(progress, run):
     return progress
 
 
-class DistillationTraining(Training):
-    """Training that logs each epoch, keeps the best student and saves all of it."""
-
-    def __init__(self, distiller, optimizer, run, contents, earlier):
-        """contents: of every checkpoint; the state dicts hold the networks' own tensors.
-
-        earlier: what earlier sessions left: the rows of log.csv, to which new ones are added, the
-        best accuracy and the seconds.
-        """
-        super().__init__(distiller, optimizer, (run.args.seed,), run, run.args.out.name)
-        self.base = contents | {"config": run.config}
-        self.rows, self.best, self.best_contents = earlier["rows"], earlier["best"], None
-        self.began = time.perf_counter() - earlier["seconds"]  # as if there had been one session
-        if self.best >= 0 and not (run.folder / "best.pt").exists():
-            run.say("note: best.pt is missing; only a better epoch to come will write it again")
-
-    @deferred()
-    def log(self, row):
-        """Log the row of an epoch; keep the best student; save where it is due."""
-        epoch, epochs = len(self.rows), self.args.epochs
-        row |= {"epoch": epoch, "step": self.step, "seconds": time.perf_counter() - self.began}
-        row["images_per_second"] = self.images_per_second
-        self.rows.append(row)
-        found = {p: x for p in self.args.probe if (x := row[f"student_{p}"]) is not None}
-        deciding = next(iter(found.values()), -1)  # of the first probe
-        if epoch and deciding > self.best:
-            self.best, self.best_contents = deciding, copy.deepcopy(self.contents())
-        words = f"loss {row['loss']:.5f}, KL {row['kl']:.2e}, distance {row['distance_total']:.2f}"
-        for probe, accuracy in found.items():
-            words += f", {PROBE_TITLES[probe]} {accuracy:.2f} %"
-        if self.images_per_second:
-            words += f", {self.images_per_second:.0f} img/s"
-        self.run.say(f"epoch {epoch}/{epochs}: {words}, {row['seconds']:.0f} s in all")
-        if epoch and not row["distance_total"]:
-            self.run.say("note: the student has not moved; give an --alpha above 0")
-        try:
-            if self.run.save_is_due(epoch, epochs):
-                self.save()
-        finally:  # a disk too full for a checkpoint may have room for a row
-            if (self.run.folder / "checkpoint.pt").exists():
-                self.run.table("log.csv", COLUMNS, self.rows)
-
-    def contents(self):
-        """The networks as they are and how far training went: what every checkpoint holds."""
-        return self.base | {"epoch": len(self.rows) - 1, "step": self.step}
-
-    def save(self):
-        """best.pt, if there is a better one, and checkpoint.pt, also in the middle of an epoch."""
-        if not self.rows:  # epoch 0 is not over
-            return
-        if self.best_contents:
-            self.run.save("best.pt", self.best_contents, "checkpoint")
-            self.best_contents = None
-        progress = {"rows": self.rows, "best": self.best, "training": self.state()}
-        progress["seconds"] = time.perf_counter() - self.began
-        self.run.save("checkpoint.pt", self.contents() | {"progress": progress}, "checkpoint")
+def in_words(row):
+    """A row of log.csv as a person reads it."""
+    words = f"loss {row['loss']:.5f}, KL {row['kl']:.2e}, distance {row['distance_total']:.2f}"
+    for probe, name in PROBE_TITLES.items():
+        if (accuracy := row[f"student_{probe}"]) is not None:
+            words += f", {name} {accuracy:.2f} %"
+    if speed := row["images_per_second"]:
+        words += f", {speed:.0f} img/s"
+    return f"{words}, {row['seconds']:.0f} s in all"
 
 
 def report(run, rows):
