@@ -8,7 +8,6 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from rtd.errors import InputError
 from rtd.init import random_stream
@@ -117,8 +116,9 @@ def channel_statistics(images):
 
 def resize(images, size):
     """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, bilinear with antialiasing."""
+    from torchvision.transforms import functional  # here, as importing it takes a second
+
     if images.shape[2:] == (size, size):
         return images
-    interpolate = functools.partial(F.interpolate, size=size, mode="bilinear", antialias=True)
     # in parts, because a float takes four times a byte's memory
-    return torch.cat([interpolate(part.float()).round_().byte() for part in images.split(1000)])
+    return torch.cat([functional.resize(part, [size, size]) for part in images.split(1000)])

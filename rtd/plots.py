@@ -27,6 +27,7 @@ BLUE, RED, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555
 KINDS = {"student": BLUE, "random": RED, "student-init": PINK, "teacher": GREEN}
 MARKERS = {"-": "o", "--": "s", ":": "^", "-.": "D"}
 LOOKS = [{"linestyle": style, "marker": marker} for style, marker in MARKERS.items()]
+TREATMENTS = {"recompute": "-", "none": "-", "interpolate": "--"}  # of batch norm
 FEATURES = {"student": {"color": BLUE}, "teacher": {"color": RED}, "input pixels": {"color": GREY}}
 PARTS = {"encoder": {"color": BLUE}, "head": {"color": GREEN}}
 PROBE_TITLES = {"linear": "linear probe", "knn": "k-NN probe"}
@@ -267,7 +268,6 @@ def lmc(rows, title=""):
     """
     rows = _with_kind(rows)
     shown = list(dict.fromkeys(row["kind"] for row in rows))
-    treatments = sorted({row["bn"] for row in rows}, reverse=True)  # recompute before interpolate
     figure, axes = _figure(len(shown), title, sharey=True)
     axes[0].set_ylabel("test error (%)")
     several = len({(row["init"], row["i"], row["j"]) for row in rows}) > len(shown)
@@ -275,8 +275,7 @@ def lmc(rows, title=""):
     for pair in [(), ("init", "i", "j")][: 1 + several]:
         lines = _samples(rows, "gamma", "test_error", "bn", "kind", *pair)
         for (bn, kind, *_), line in lines.items():
-            look = {"linestyle": LOOKS[treatments.index(bn)]["linestyle"]}
-            look["linewidth"] = 0.6 if pair else 2.2
+            look = {"linestyle": TREATMENTS[bn], "linewidth": 0.6 if pair else 2.2}
             label = "one pair" if pair or not several else f"mean of {len(line[0])} pairs"
             looks[f"{label},\nbatch norm: {bn}"] = look | {"color": GREY}
             mean = {gamma: [np.mean(errors)] for gamma, errors in line.items()}
