@@ -9,7 +9,7 @@ edge of an asymmetric valley: the loss rises slowly towards the student, steeply
     python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 --out runs/nonlocal \\
         --x-axis runs/b/checkpoint.pt:student-init --y-axis runs/b/checkpoint.pt:student
     python run_landscape.py --plot-only runs/nonlocal runs/shared --out fig5.png
-    torchrun --nproc-per-node=4 run_landscape.py ...               # the processes share the points
+    torchrun --nproc-per-node=4 run_landscape.py ...               # the processes share the rows
 
 Writes config.json, landscape.csv (a row a point: its place in the grid and in the plane, losses and
 entropy in nats, probes in percent, norms of the parameters), points.csv (the three networks) and
