@@ -37,7 +37,7 @@ from rtd.probes import PROBES
 COLUMNS = ("i", "j", "x", "y", *(f"{a}_{b}" for a in ("train", "test") for b in MEASURES))
 COLUMNS += (*PROBES, "norm_encoder", "norm_head", "norm_total")
 POINTS = ("name", "x", "y")
-PRODUCTS = ("landscape.csv", "landscape.*", "landscape.part*.pt", "points.csv")
+PRODUCTS = ("landscape.csv", "landscape.*", "landscape.row*.pt", "points.csv")
 TEACHER = "theta_T"
 PROBE_BATCH = 512  # images per step of the linear probes, which are many
 
@@ -108,29 +108,29 @@ def main(args, device, world):
     run = Run(args, device, world, PRODUCTS, (), fingerprints(data), specs.values())
     run.say(f"{data}; {run.config['device']}")
     cli.note_steps(args, data, world, PROBE_BATCH)
-    data, lines = data.to(device), make_grid(args, plane)
+    data, grid = data.to(device), make_grid(args, plane)
     landscape = Landscape(teacher, data, args.encoder_only, args.precision, args.batch_size)
 
-    def do(line, run):
-        name = part(line)
-        rows = (run.load(name) or {"points": []})["points"]
-        for i, j, x, y in progress(line[len(rows) :], "landscape", "points"):
+    def do(points, run):
+        name = state_file(points)
+        done = (run.load(name) or {"points": []})["points"]
+        for i, j, x, y in progress(points[len(done) :], "landscape", "points"):
             plane.write_(network, x, y)
             if args.bn_statistics == "recompute":
                 landscape.recompute_batch_norm_(network)
             found = landscape.evaluate(network, **probe_options(args), batch_size=PROBE_BATCH)
             row = {"i": i, "j": j, "x": x, "y": y} | found | norms(network)
-            rows.append(dict.fromkeys(COLUMNS) | row)
-            run.save(name, {"points": rows})
+            done.append(dict.fromkeys(COLUMNS) | row)
+            run.save(name, {"points": done})
 
-    run.for_each(lines, do, "row")
-    rows = [row for line in lines for row in run.load(part(line))["points"]]
+    run.for_each(grid, do, "row of the grid")
+    rows = [row for points in grid for row in run.load(state_file(points))["points"]]
     world.in_main(lambda: report(run, rows, plane, names))
 
 
-def part(line):
-    """The state file of a row of the grid."""
-    return f"landscape.part{line[0][1]}.pt"
+def state_file(points):
+    """The name of the state file of a row of the grid."""
+    return f"landscape.row{points[0][1]}.pt"
 
 
 def load_networks(specs, device):
@@ -163,7 +163,7 @@ def label(contents, which):
 
 
 def make_grid(args, plane):
-    """Rows of (i, j, x, y); by default around the networks with a margin of a quarter."""
+    """Rows of points (i, j, x, y), by default around the networks with a margin of a quarter."""
     axes = []
     for axis, given in enumerate((args.x_range, args.y_range)):
         values = [corner[axis] for corner in plane.corners()]

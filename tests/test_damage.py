@@ -88,7 +88,7 @@ def mutate_bytes(path, draw):
 
 
 READERS = [("distill", "checkpoint.pt"), ("imp", "chains/init0-rewind1.pt")]
-READERS += [("lmc", "runs/init0-run1.pt"), ("landscape", "landscape.part0.pt")]
+READERS += [("lmc", "runs/init0-run1.pt"), ("landscape", "landscape.row0.pt")]
 
 
 @pytest.mark.parametrize(("name", "file"), READERS)
@@ -448,13 +448,13 @@ def test_overwrite_deletes_no_file_of_somebody_else(run_of, script):
     run.out.mkdir()
     (run.out / "log.csv").write_text("mine")
     command = *run.command[:2], "--overwrite --out", run.out
-    assert one_sentence(script(*command), "log.csv") == ""
+    assert one_sentence(script(*command), f"--out {run.out}", "config.json") == ""
     assert (run.out / "log.csv").read_text() == "mine"
-    for name in ("curves.ipynb", "curves.csv"):
-        (run.out / name).write_text("mine")
     (run.out / "log.csv").unlink()
-    for _ in range(2):
-        assert script(*command).code == 0 and len(list(run.out.glob("curves.*"))) == 2
+    for name in ("curves.ipynb", "curves.csv"):
+        assert script(*command).code == 0
+        (run.out / name).write_text("mine")
+    assert script(*command).code == 0 and len(list(run.out.glob("curves.*"))) == 2
 
 
 def test_whole_runs_become_a_sweep_and_others_files_do_not(run_of, script):
@@ -466,7 +466,7 @@ def test_whole_runs_become_a_sweep_and_others_files_do_not(run_of, script):
     shutil.rmtree(mine := run.out / "alpha0.5-seed1")
     mine.mkdir()
     (mine / "log.csv").write_text("mine")
-    assert one_sentence(script(*command), mine / "log.csv") == ""
+    assert one_sentence(script(*command), mine) == ""
     assert (mine / "log.csv").read_text() == "mine"
 
 
