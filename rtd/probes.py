@@ -90,8 +90,8 @@ def knn_probe_torch(train_x, train_y, test_x, test_y, k=20):
     It agrees with scikit-learn where no vote hangs on the rounding of distances to float32. It
     holds a centred copy of the features, and ``CHUNK`` distances at a time.
     """
-    exponent = train_x.abs().max().frexp().exponent  # a power of 2 costs no digit
-    train_x, test_x = (x.ldexp(-exponent) for x in (train_x, test_x))  # lest a square overflow
+    scale = 2.0 ** (math.frexp(train_x.abs().max().item())[1] - 1)  # a power of 2 costs no digit
+    train_x, test_x = train_x / scale, test_x / scale  # lest a square overflow
     center = train_x.mean(0)  # moves no distance; a common offset would cost the difference digits
     train_x, test_x = train_x - center, test_x - center
     squares, hits, classes = train_x.square().sum(1), 0, int(train_y.max()) + 1
