@@ -26,8 +26,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from torch.nn import Flatten
-
 from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, teacher_answers
 from rtd.errors import InputError
 from rtd.harness import cli, sweeps
@@ -215,7 +213,7 @@ def train(training, teacher, probed, networks, history):
             if (run.folder / "checkpoint.pt").exists():
                 run.table("log.csv", COLUMNS, rows)
 
-    encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": Flatten()}
+    encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": None}
     moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
     for epoch in range(len(rows), args.epochs + 1):
         with training.saving(save):

@@ -14,8 +14,6 @@ accuracies in percent, the checkpoint's epoch and SHA-256, and what decides the 
 
 from pathlib import Path
 
-from torch.nn import Flatten
-
 from rtd.errors import InputError
 from rtd.harness import cli, files
 from rtd.harness.checkpoint import ROLES, check_model, load_checkpoint, load_network
@@ -72,7 +70,7 @@ def main(args, device, world):
             if network == "input":
                 key = normalised.mean, normalised.std  # most checkpoints have the same
                 if key not in pixels:
-                    pixels[key] = probe_encoder(Flatten(), normalised, args, world)
+                    pixels[key] = probe_encoder(None, normalised, args, world)
                 values = pixels[key]
             else:
                 encoder = load_network(contents, network, device).encoder

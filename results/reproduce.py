@@ -170,7 +170,7 @@ def section(name):
     for scale in ("small", "paper"):
         if lines := commands(name, scale):
             time = hours(name, scale)
-            gpu = time * GPU[scale]
+            gpu = max(time * GPU[scale], 0.01)
             call = f"python results/reproduce.py {name} --scale {scale} --data-dir data"
             cost = f"{time:,.{time < 10:d}f} h on two cores, {gpu:,.{2 * (gpu < 1)}f} h on a GPU"
             said.append(f"Scale `{scale}`, {cost} (estimate):\n\n    {call}")

@@ -116,9 +116,9 @@ def channel_statistics(images):
 
 def resize(images, size):
     """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, bilinear with antialiasing."""
-    from torchvision.transforms import functional  # here, as importing it takes a second
-
     if images.shape[2:] == (size, size):
         return images
+    from torchvision.transforms import functional  # here, as importing it takes a second
+
     # in parts, because a float takes four times a byte's memory
     return torch.cat([functional.resize(part, [size, size]) for part in images.split(1000)])

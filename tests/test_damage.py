@@ -448,25 +448,28 @@ def test_overwrite_deletes_no_file_of_somebody_else(run_of, script):
     run.out.mkdir()
     (run.out / "log.csv").write_text("mine")
     command = *run.command[:2], "--overwrite --out", run.out
-    assert one_sentence(script(*command), f"--out {run.out}", "config.json") == ""
+    assert one_sentence(script(*command), "log.csv") == ""
     assert (run.out / "log.csv").read_text() == "mine"
-    (run.out / "log.csv").unlink()
     for name in ("curves.ipynb", "curves.csv"):
-        assert script(*command).code == 0
         (run.out / name).write_text("mine")
-    assert script(*command).code == 0 and len(list(run.out.glob("curves.*"))) == 2
+    (run.out / "log.csv").unlink()
+    for _ in range(2):
+        assert script(*command).code == 0 and len(list(run.out.glob("curves.*"))) == 2
 
 
 def test_whole_runs_become_a_sweep_and_others_files_do_not(run_of, script):
     run = run_of("sweep")
     for name in ("config.json", "summary.csv"):
         (run.out / name).unlink()
+    (notes := run.out / "alpha0.5-seed1" / "notes.txt").write_text("mine")
     command = *run.command[:2], "--overwrite --out", run.out
-    assert script(*command).code == 0 and run.differs() == ""
+    assert script(*command).code == 0 and notes.read_text() == "mine"
+    notes.unlink()
+    assert run.differs() == ""
     shutil.rmtree(mine := run.out / "alpha0.5-seed1")
     mine.mkdir()
     (mine / "log.csv").write_text("mine")
-    assert one_sentence(script(*command), mine) == ""
+    assert one_sentence(script(*command), mine / "log.csv") == ""
     assert (mine / "log.csv").read_text() == "mine"
 
 

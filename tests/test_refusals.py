@@ -62,7 +62,7 @@ distill --teacher {a}/checkpoint.pt:student --out-dim 32 --norm layer | --out-di
 distill --teacher {lmc}/runs/init0-run1.pt:supervised --encoder resnet56 | encoder resnet20
 distill --teacher {lmc}/runs/init0-run1.pt:student    | init0-run1.pt
 distill --out file/run                                | --out file/run
-distill,imp --out other; --out other --resume; --out other --overwrite | --out config.json
+distill --out other --resume                          | --resume config.json
 distill --out {distill}; --lr 0.1 0.2 --out {sweep}   | --out --resume --overwrite
 distill --out {distill} --resume --lr 0.5             | --lr was 0.001, is 0.5
 distill --out {distill} --resume --seed 3             | --seed was 0, is 3

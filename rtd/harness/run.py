@@ -63,8 +63,8 @@ class Run:
     deletes; NAME.* are pictures. may_change: flags besides ``RUNNING`` that may differ on --resume.
     images: {name: SHA-256} of the images that it reads. networks: what it reads as PATH:NETWORK;
     entries that name no file are ignored. Raises InputError for a folder that holds a run already
-    (without --resume or --overwrite) or files of no run, was run with other flags, checkpoints or
-    images, or is in use.
+    (without --resume or --overwrite), was run with other flags, checkpoints or images, or is in
+    use.
     """
 
     def __init__(self, args, device, world, products, may_change, images, networks=()):
@@ -91,10 +91,9 @@ class Run:
         inside = list(folder.glob("[!.]*"))
         # a folder of nothing but whole runs is that of a new sweep, which takes them up
         runs_only = all((path / "config.json").exists() for path in inside)
-        if not (config.exists() or runs_only):
-            raise InputError(f"--out {folder} has files, but no config.json of a run; give another")
         if inside and not (args.resume or args.overwrite):
             way = "--resume continues its run, --overwrite replaces it"
+            way = way if config.exists() or runs_only else "give an empty or a new one"
             raise InputError(f"--out {folder} is not empty; {way}")
         if args.overwrite and config.exists():
             with files.reading(config, "of a run"):
@@ -102,6 +101,8 @@ class Run:
             if before != kind_of(self.identity):  # whose other files would stay
                 raise InputError(f"--overwrite: {folder} is of {before}; give another --out")
         continued = args.resume and not runs_only
+        if continued and not config.exists():
+            raise InputError(f"--resume: {folder} has no config.json; give another --out")
         self._lock = lock(folder / ".lock", f"--out {folder}")
         if continued:
             before, flags = files.read_json(config), self.config["flags"]
@@ -114,6 +115,9 @@ class Run:
         for pattern in products if args.overwrite else ():
             kinds = PICTURES if pattern.endswith(".*") else (".csv", ".json", ".pt")
             old += [p for p in folder.glob(pattern) if p.suffix in kinds and not p.is_dir()]
+        foreign = [p for p in old if not (config.exists() or p.with_name(config.name).exists())]
+        if foreign:
+            raise InputError(f"--overwrite would delete {min(foreign)}, of no run; move it")
         if lost := {path.resolve() for path in old} & {Path(path).resolve() for path in read}:
             raise InputError(f"--overwrite would delete {min(lost)}, which this run reads; move it")
         # and what ``atomic_write`` leaves if it is killed

@@ -169,14 +169,18 @@ def probe_options(args):
 
 
 def probe_encoder(encoder, data, args, world):
-    """``rtd.probes.probe`` of an encoder's features; {} outside main.
+    """``rtd.probes.probe`` of an encoder's features, or of the pixels (None); {} outside main.
 
     All processes extract the features together.
     """
-    shown = partial(progress, description="features", unit="batches")
-    options = {"mean": data.mean, "std": data.std, "precision": args.precision}
-    embed = partial(extract_features, encoder, **options, progress=shown)
-    features = [world.map_rows(embed, split.images) for split in (data.train, data.test)]
+    splits = data.train.images, data.test.images
+    if encoder is not None:
+        shown = partial(progress, description="features", unit="batches")
+        options = {"mean": data.mean, "std": data.std, "precision": args.precision}
+        embed = partial(extract_features, encoder, **options, progress=shown)
+        features = [world.map_rows(embed, images) for images in splits]
+    elif world.is_main:
+        features = [data.normalize(images).flatten(1) for images in splits]
     return probe(*features, data, **probe_options(args)) if world.is_main else {}
 
 
