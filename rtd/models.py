@@ -185,7 +185,7 @@ def parameter_count(module):
 def norms(network, start=None, name="norm"):
     """{"norm_encoder", "norm_head", "norm_total"}: Euclidean norms of a ``Network``'s parameters.
 
-    start: a state dict, whose distance is measured instead. name: to call it in the keys.
+    start: a state dict, if the distance from it is asked for (Fig. 17). name: keys begin with it.
     """
     squares = {}
     for key, p in network.named_parameters():
