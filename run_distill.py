@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add = parser.group("teacher and student")
     add("--alpha", cli.unit_interval, 1e-10, "* distance of the start: 1 is an independent network, 0 a copy of the teacher, which may never move without batch norm")
     add("--norm", NORMS, None, "* norm layers; by default VGG has none and ResNet batch")
-    add("--out-dim", positive_int, 2**16, "* outputs of the head; below 256 the paper's student does not improve (Fig. 10)")
+    add("--out-dim", positive_int, 2**16, "* outputs of the head; below 256 the student improves late, if at all (Fig. 10)")
     add("--head-hidden", positive_int, 2048, "width of the head's two hidden layers")
     add("--bottleneck-dim", positive_int, 256, "width of the head's l2-bottleneck")
     add("--bottleneck", str, PAPER_SLOTS, "* form of the l2-bottleneck (Fig. 12) in six slots: weight norm of the first layer (wn), first "
