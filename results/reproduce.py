@@ -125,8 +125,9 @@ def origin(run):
     link = "[{0}]({0})".format(run.relative_to(RESULTS).as_posix())
     if "command" in (found := config(run)):
         configs = [json.loads(path.read_text()) for path in sorted(run.rglob("config.json"))]
-        commits = dict.fromkeys((one["commit"] or "unknown")[:7] for one in configs)
-        return f"{link}: `{found['command']}`, commit {', '.join(commits)}, {found['device']}"
+        commits = {re.sub("(?<=^.{7})[0-9a-f]*", "", one["commit"] or "unknown") for one in configs}
+        made = f"commit {', '.join(sorted(commits))}, {found['device']}"
+        return f"{link}: `{found['command']}`, {made}"
     return f"{link}: made by the command below"
 
 
