@@ -71,11 +71,11 @@ def test_pictures_of_several_planes_are_drawn_by_their_command(script, tmp_path)
 
 def test_probes_that_have_no_config_are_taken_over(clone, tmp_path):
     found = shutil.copytree(clone / "results/table2/small", tmp_path / "found")
-    (found / "probes/config.json").unlink()
+    (found / "probes-0/config.json").unlink()
     call = [sys.executable, "results/reproduce.py", "table2", "--collect", "results/table2/small"]
     assert subprocess.run(call, cwd=clone, capture_output=True).returncode == 2  # its own source
     reproduce(clone, "table2", "--collect", found)
-    assert len([*clone.glob("results/table2/small/probes/*.csv")]) == 2
+    assert len([*clone.glob("results/table2/small/probes-*/*.csv")]) == 4
 
 
 def test_a_row_runs_resumes_and_can_be_taken_over(clone):
