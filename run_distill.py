@@ -26,6 +26,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from rtd.distill import Distiller, FrozenTeacher, MovingTeacher, adamw, teacher_answers
 from rtd.errors import InputError
 from rtd.harness import cli, sweeps
@@ -107,6 +109,8 @@ def main(args, device, world):
         build_network(**model_of(run))
         if run.teacher is not None:
             read_teacher(run.teacher, model_of(run))
+    if args.compile:  # what fails here fails before --overwrite deletes anything
+        torch.compile(torch.square)(torch.ones(2, device=device))
     if not sweeps.varied(args):
         distill(planned[0], device, world)
     else:

@@ -196,6 +196,15 @@ def test_overwrite_does_not_delete_what_is_read(script, finished, tmp_path, name
     assert snapshot(tmp_path) == before
 
 
+def test_the_way_out_of_a_missing_state_keeps_all_other_runs(run_of):
+    run = run_of("sweep")
+    (run.out / SWEPT).unlink()
+    others = {n: at for n, at in snapshot(run.out).items() if n.endswith("checkpoint.pt")}
+    Path(re.search(r"move (\S+) away", run.resume().err)[1]).unlink()
+    assert run.resume().code == 0 and run.differs() == ""
+    assert len(others) == 3 and others.items() <= snapshot(run.out).items()
+
+
 LOST = [Path.unlink, written(b""), edited("\n1,.*", ""), edited("\n2,", "\ntwo,")]
 LOST += [edited("\n2,", f'\n"2,{LONG}'), edited("\n2,", f"\n{LONG[:400]},")]
 MADE_ANEW = [("half distill", "log.csv", damage) for damage in LOST]

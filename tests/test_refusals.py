@@ -58,10 +58,12 @@ distill --beta 1 --dataset noise --probe-dataset digits | --beta 1 noise
 distill --teacher nowhere.pt:student                  | nowhere.pt
 distill --teacher nowhere.pt; --teacher=              | PATH:NETWORK
 distill --teacher x.pt:pupil                          | --teacher supervised
-distill --teacher {a}/checkpoint.pt:student --out-dim 32 --norm layer | --out-dim 64 --norm
+distill --teacher {a}/checkpoint.pt:student --out-dim 32 --norm layer | --out-dim 64 no --norm
+distill --teacher {a}/checkpoint.pt:student --head-hidden 9 | --head-hidden
 distill --teacher {lmc}/runs/init0-run1.pt:supervised --encoder resnet56 | encoder resnet20
 distill --teacher {lmc}/runs/init0-run1.pt:student    | init0-run1.pt
 distill --out file/run                                | --out file/run
+distill --out locked                                  | --out written
 distill --out other --resume                          | --resume config.json
 distill --out {distill}; --lr 0.1 0.2 --out {sweep}   | --out --resume --overwrite
 distill --out {distill} --resume --lr 0.5             | --lr was 0.001, is 0.5
@@ -92,9 +94,10 @@ imp --out {imp}                                       | --out --resume --overwri
 imp --out {imp} --resume --epochs 4                   | --epochs was 3, is 4
 imp --out {imp} --resume --rounds 1                   | --rounds 1
 lmc --out {lmc} --resume --lr 1                       | --lr was 0.1, is 1
-imp --out {lmc} --resume                              | script was run_lmc.py, is run_imp.py
-imp --out {lmc} --overwrite                           | --overwrite run_lmc.py
-distill --out {sweep} --overwrite                     | --overwrite several runs
+imp --out {lmc} --resume; --out {lmc} --overwrite     | --out one run of run_lmc.py
+distill --out {sweep} --resume; --out {sweep} --overwrite | --out several runs
+distill --out {distill} --alpha 0 .5 --overwrite      | --out one run
+distill --out {sweep} --resume --probe knn --alpha 1 0 --seed 2 1 --lr 1| --lr was [0.001], is [1.0]
 distill --out {sweep} --resume --probe knn --epochs 2 --alpha 0 .5 | vary alpha seed
 landscape!                                            | missing
 landscape --image-size 64                             | --image-size 32
@@ -135,6 +138,7 @@ def test_is_refused_in_a_sentence(script, finished, tmp_path, monkeypatch, name,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a,file\n")
     (tmp_path / "other").mkdir()
+    (tmp_path / "locked" / ".lock").mkdir(parents=True)
     (tmp_path / "other" / "letter.txt").write_text("dear\n")
     if not name.endswith("!"):
         flags = " ".join(("--out new" * (name != "probe"), BASE[name], flags))

@@ -54,11 +54,11 @@ def load_spec(flag, spec, others=""):
 
 def check_model(what, model, wanted):
     """Refuse a network ``what`` that was built with other arguments than those ``wanted``."""
-    odd = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in model.items()
-        if wanted.get(name, value) != value
-    ]
+    odd = []
+    for name, value in model.items():
+        if wanted.get(name, value) != value:
+            flag = "--" + name.replace("hidden_dim", "head_hidden").replace("_", "-")
+            odd.append(f"no {flag}" if value is None else f"{flag} {value}")
     if odd:
         raise InputError(f"{what} was built with {', '.join(odd)}; flags and networks must agree")
 

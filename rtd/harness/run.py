@@ -25,7 +25,10 @@ PICTURES = [f".{kind}" for kind in plots.FORMATS]
 
 def lock(path, flag):
     """A file that keeps ``path`` locked while it is open; InputError names who holds it already."""
-    file = open(path, "a+")  # noqa: SIM115 (the lock lives as long as the file)
+    try:
+        file = open(path, "a+")  # noqa: SIM115 (the lock lives as long as the file)
+    except OSError as error:
+        raise InputError(f"{flag} cannot be written: {error.strerror}") from error
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +56,8 @@ def check_output(args):
 
 def kind_of(identity):
     """Which script a run's identity is of, and whether of several runs."""
-    return identity["the script"] + " with several runs" * ("flags that vary" in identity)
+    count = "several runs" if "flags that vary" in identity else "one run"
+    return f"{count} of {identity['the script']}"
 
 
 class Run:
@@ -95,11 +99,11 @@ class Run:
             way = "--resume continues its run, --overwrite replaces it"
             way = way if config.exists() or runs_only else "give an empty or a new one"
             raise InputError(f"--out {folder} is not empty; {way}")
-        if args.overwrite and config.exists():
+        if config.exists():
             with files.reading(config, "of a run"):
                 before = kind_of(files.read_json(config)["identity"])
             if before != kind_of(self.identity):  # whose other files would stay
-                raise InputError(f"--overwrite: {folder} is of {before}; give another --out")
+                raise InputError(f"--out {folder} holds {before}; give another one")
         continued = args.resume and not runs_only
         if continued and not config.exists():
             raise InputError(f"--resume: {folder} has no config.json; give another --out")
@@ -190,7 +194,8 @@ class Run:
                 self._check(path, state, unit=name)
                 return state
             if table and (self.folder / table).exists():
-                raise InputError(f"--resume: {path} is missing; --overwrite starts again")
+                way = f"move {self.folder / table} away to make it anew"
+                raise InputError(f"--resume: {path} is missing; {way}")
 
         return self.world.decide(read)
 

@@ -54,7 +54,8 @@ def run(args, planned, device, world, do, products, title):
         there = [one.out for one in planned if (one.out / "config.json").exists()]
         world.in_main(lambda: [lock(run / ".lock", f"--out {run}") for run in there])
         old = [f"{run.name}/{file}" for run in there for file in (*products, "config.json")]
-    sweep = Run(args, device, world, (*PRODUCTS, *old), ("epochs", *SWEPT), same, [args.teacher])
+    may_change = ("epochs", *varied(args))
+    sweep = Run(args, device, world, (*PRODUCTS, *old), may_change, same, [args.teacher])
 
     def finish(diverged):
         groups = {}
