@@ -595,6 +595,14 @@ def test_only_a_bug_is_a_traceback(script, tmp_path, monkeypatch, error, code, s
     assert (one_sentence(result) == "") == (code == 2)
 
 
+def test_compile_is_tried_before_anything_is_deleted(run_of, script, monkeypatch):
+    run = run_of("distill")
+    before = snapshot(run.out)
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=INDUCTOR("no g++")))
+    result = script(*run.command[:2], "--compile --overwrite --out", run.out)
+    assert one_sentence(result, "--compile") == "" and snapshot(run.out) == before
+
+
 def test_a_torchvision_of_another_torch_is_named(tmp_path):
     broken = "raise RuntimeError('operator torchvision::nms does not exist')"
     (tmp_path / "torchvision.py").write_text(broken)
