@@ -2,8 +2,8 @@
 
 A network at random initialisation is frozen: the teacher. A student that starts next to it learns
 to reproduce its outputs, on images alone: no labels, no augmentation. Linear and k-NN probes then
-find the student's features much better than the teacher's. They get worse first, for up to 1,000
-steps, or 6,000 with --no-weight-norm: that is to be expected.
+find the student's features much better than the teacher's. At first they are worse, with the
+defaults for up to 1,000 steps, with --no-weight-norm for up to 6,000: that is to be expected.
 
     # on scikit-learn's digits, with nothing to download
     python run_distill.py --out-dim 4096 --batch-size 16 --lr 3e-4 --epochs 6 --probe-epochs 100
@@ -56,14 +56,14 @@ def parse_args(argv=None):
     # fmt: off
     add = parser.group("start with these")
     cli.add_data_flags(add, datasets=DATASETS, star="* ")
-    add("--encoder", ENCODERS, "vgg11", "* architecture; VGG11 ends higher, ResNet18 needs fewer epochs")
+    add("--encoder", ENCODERS, "vgg11", "* architecture; in the paper VGG11 ends higher than ResNet18")
     add("--epochs", non_negative_int, 100, "passes over the images; the student gets worse first; 0 only probes the start")
     add("--out", Path, None, "folder of the run; runs/distill-<dataset>-<encoder> by default")
     add = parser.add_file_flags()
     add("--probe-dataset", LABELLED, None, "data set of the probes; by default the one distilled on")
-    add("--probe-subset", positive_int, None, "number of training images of --probe-dataset")
+    add("--probe-subset", positive_int, None, "number of images of --probe-dataset on which the probes train; all by default")
     add = parser.group("teacher and student")
-    add("--alpha", cli.unit_interval, 1e-10, "* distance of the start: 1 is an independent network, 0 a copy of the teacher, which may never move without batch norm")
+    add("--alpha", cli.unit_interval, 1e-10, "* how far from the teacher the student starts: 1 is independent of it, 0 a copy, which may never move without batch norm")
     add("--norm", NORMS, None, "* norm layers; by default VGG has none and ResNet batch")
     add("--out-dim", positive_int, 2**16, "* outputs of the head; below 256 the student improves late, if at all (Fig. 10)")
     add("--head-hidden", positive_int, 2048, "width of the head's two hidden layers")
@@ -73,26 +73,26 @@ def parse_args(argv=None):
     add("--no-weight-norm", bool, False, "raw last layer, as in the authors' code: learns more slowly and ends higher (Fig. 1); small runs may collapse")
     add("--teacher", str, None, "teacher instead of a random one: run/checkpoint.pt:student (Fig. 18), or "
         "lmc/runs/init0-run0.pt:supervised, which saw labels")
-    add("--ema", cli.unit_interval, 0.0, "share of the student that enters the teacher after each step (a momentum of 0.996 is 0.004 here); its answers are then computed anew in each step")
+    add("--ema", cli.unit_interval, 0.0, "share of the student mixed into the teacher after each step, 1 - momentum (0.004 for 0.996); above 0, the teacher's outputs are computed in each step")
     add = parser.group("training")
     add("--batch-size", positive_int, 256, "images per step, over all processes; use smaller batches on small data sets")
     add("--lr", positive_float, 0.001, "* learning rate of AdamW, constant")
     add("--seed", non_negative_int, 0, "* seed of all random numbers; several give mean and standard deviation")
-    add("--epochs-of", positive_int, None, "images counted as one epoch by --epochs, --probe-every and --save-every, so that subsets of all sizes see about equally many (Fig. 4); the log counts passes")
-    add("--loss", LOSSES, "ce", "what is minimised; ce and kl have the same gradient, ce is cheaper")
+    add("--epochs-of", positive_int, None, "images per epoch of --epochs, --probe-every and --save-every, so that subsets of all sizes take about as many steps (Fig. 4); log.csv counts passes")
+    add("--loss", LOSSES, "ce", "loss: ce is cross-entropy, kl has the same gradient and is slower, mse is of the outputs")
     add("--beta", non_negative_float, 0.0, "weight of the labels' cross-entropy; 0 sees no label")
     add("--teacher-temperature", positive_float, 1.0, "divisor of the teacher's outputs")
     add("--student-temperature", positive_float, 1.0, "divisor of the student's outputs")
     add("--weight-decay", non_negative_float, 0.0, "weight decay of weights; the paper has none")
     add("--bias-decay", non_negative_float, 0.0, "weight decay of biases and norms; the authors' code had 0.01")
-    add("--fp32-steps", non_negative_int, 100, "first steps in fp32 whatever --precision is, since bf16 cannot resolve them")
+    add("--fp32-steps", non_negative_int, 100, "number of first steps in fp32 whatever --precision is, since bf16 is too coarse for them")
     add("--compile", bool, False, "torch.compile the student; it pays off on GPUs, after a minute")
     parser.add_probe_flags()
     parser.add_device_flags()
     parser.add_output_flags()
     add = parser.group("log")
     add("--probe-every", positive_int, 1, "epochs between two probes; the start and the last epoch are always probed")
-    add("--log-every", positive_int, 30, "steps between two at which KL and entropies are computed, at least 5 an epoch; the loss is the mean over all")
+    add("--log-every", positive_int, 30, "steps between two computations of KL and entropies, at least 5 an epoch; the loss is the mean over all steps")
     # fmt: on
     args = parser.parse(argv, *sweeps.SWEPT)
     args.out = args.out or Path("runs") / f"distill-{args.dataset[0]}-{args.encoder[0]}"
@@ -140,7 +140,7 @@ def distill(args, device, world):
     init_student_(student, teacher, args.alpha)
     student_init = copy.deepcopy(student.state_dict())
 
-    # The run folder refuses, begins, or is continued from where its checkpoint stands.
+    # The run: refused, begun in its folder, or continued from the checkpoint there.
     reads = fingerprints(data) | fingerprints(probed, " of the probes")
     run = Run(args, device, world, PRODUCTS, ["epochs"], images=reads, networks=[args.teacher])
     run.args = args = count_epochs(args, run, data)  # only now: Run compares flags as given

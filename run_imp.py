@@ -6,15 +6,15 @@ student, distilled without labels, the paper finds that l = 0 suffices: its weig
 winning tickets.
 
     python run_imp.py --encoder resnet20 --epochs 4 --rounds 3           # digits, about a minute
-    # runs/r18: run_distill.py --dataset cifar10 --data-dir data --encoder resnet18
+    # first: run_distill.py --dataset cifar10 --data-dir data --encoder resnet18 --out runs/r18
     python run_imp.py --dataset cifar10 --data-dir data --rewind-epoch 0 1 2 5 \\
         --init runs/r18/checkpoint.pt:student-init runs/r18/checkpoint.pt:student
     torchrun --nproc-per-node=4 run_imp.py ...            # the processes share the chains
 
-A chain is a start and a rewind epoch, and with --control shuffle also the same with shuffled masks.
+Each start and rewind epoch make a chain; --control shuffle adds one with its masks shuffled.
 Writes config.json, imp.csv (a row a round), imp.png and, in chains/, what --resume needs. In
 imp.csv, sparsity and remaining_parameters count only what --prune says may be pruned; epochs and
-seconds are the round's, test_accuracy is in its last epoch, test_accuracy_best at best.
+seconds are the round's, test_accuracy is of its last epoch, test_accuracy_best of its best.
 """
 
 import itertools

@@ -1,9 +1,9 @@
 """The landscape of loss and probes in a plane around a random teacher (section 5; Figs. 5, 13-16).
 
-The plane goes through three networks: the teacher and two students. In it the teacher sits at the
-edge of an asymmetric valley: the loss rises slowly towards the student, steeply the other way.
+The plane goes through three networks: the teacher and two students. The teacher lies in
+an asymmetric valley: the loss rises slowly towards the near student, steeply the other way.
 
-    # runs/a and runs/b: run_distill.py with --alpha 1e-10 and --alpha 1, and the same --seed
+    # first: run_distill.py ... --out runs/a, and the same with --alpha 1 --out runs/b
     python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 --out runs/shared \\
         --x-axis runs/a/checkpoint.pt:student --y-axis runs/b/checkpoint.pt:student
     python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 --out runs/nonlocal \\
@@ -11,8 +11,8 @@ edge of an asymmetric valley: the loss rises slowly towards the student, steeply
     python run_landscape.py --plot-only runs/nonlocal runs/shared --out fig5.png
     torchrun --nproc-per-node=4 run_landscape.py ...               # the processes share the rows
 
-Writes config.json, landscape.csv (a row a point: its place in the grid and in the plane, losses and
-entropy in nats, probes in percent, norms of the parameters), points.csv (the three networks) and
+Writes config.json, landscape.csv (a row a point: its place in grid and plane, losses and entropy in
+nats but for MSE, probes in percent, norms of the parameters), points.csv (the three networks) and
 landscape.png.
 """
 

@@ -5,7 +5,7 @@ augmentation, then walk on the straight line between each two results. From a ra
 error rises between them; from a student distilled without labels, the paper finds, it hardly does.
 
     python run_lmc.py --encoder resnet20 --epochs 4 --runs 2 --points 7   # digits, about a minute
-    # runs/r18: run_distill.py --dataset cifar10 --data-dir data --encoder resnet18
+    # first: run_distill.py --dataset cifar10 --data-dir data --encoder resnet18 --out runs/r18
     python run_lmc.py --dataset cifar10 --data-dir data --bn-statistics recompute interpolate \\
         --init runs/r18/checkpoint.pt:student-init runs/r18/checkpoint.pt:student
     torchrun --nproc-per-node=4 run_lmc.py ...       # the processes share the runs, then the lines
@@ -57,12 +57,12 @@ def parse_args(argv=None):
     add("--out", Path, Path("runs/lmc"), "folder of the run")
     parser.add_file_flags()
     add = parser.group("lines")
-    add("--points", cli.positive_int, 50, "points of a line, ends included; 11 show a barrier as well")
+    add("--points", cli.positive_int, 50, "points of a line, ends included; 11 suffice for a barrier")
     add("--bn-statistics", ("recompute", "interpolate"), "recompute",
         "* statistics of batch norm on the line: estimated anew from training images, or interpolated, which shows higher barriers")
     add("--bn-batches", cli.positive_int, 20, "batches from which these statistics are estimated")
     add("--line-subset", cli.positive_int, None,
-        "training images, class-balanced, for the training error on the line; 10,000 by default, or all of fewer")
+        "training images, class-balanced, for the training error on the line; 10,000 by default, or all if fewer")
     parser.add_training_flags()
     parser.add_device_flags()
     parser.add_output_flags()

@@ -9,7 +9,7 @@ the student was distilled on, also where another one is probed (transfer, Tables
     torchrun --nproc-per-node=4 run_probe.py ...          # the processes share the images
 
 Prints a table, mean +- standard deviation over the checkpoints, and writes a row for each network:
-accuracies in percent, the checkpoint's epoch and SHA-256, and what decides the probes.
+accuracies in percent, the checkpoint's epoch and SHA-256, and the probes' settings.
 """
 
 from pathlib import Path

@@ -12,8 +12,8 @@ batch. A step of the algorithm is
 
 Under bf16 the teacher's answers are still computed in float32, and so are the student's first
 steps: next to its teacher (alpha = 1e-10) the student differs from it by less than bf16 resolves.
-In bf16 its gradient would be zero or all rounding error, and Adam turns either into a first step
-from which VGG11 may not recover.
+In bf16 its gradient would be zero or all rounding error, which Adam scales up to full steps, from
+which VGG11 may not recover.
 """
 
 import torch
@@ -128,7 +128,7 @@ class Distiller(nn.Module):
             z = self._bottleneck(images) / self.temperature  # (B, K)
         last = self.student.head.l2_bottleneck
         weight = last.last_layer.weight
-        workspace = self._workspace if weight.grad is None else None  # else that lies in it
+        workspace = self._workspace if weight.grad is None else None  # else it holds that
         dtype = torch.bfloat16 if precision == "bf16" else None  # of products with the weights
         options = self.kind, last.weight_norm, dtype, observe, workspace
         z_t, weight_t, lme_t = self.teacher.answer(images, index)

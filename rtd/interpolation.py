@@ -22,9 +22,8 @@ def error_barrier(errors):
 def interpolate(a, b, gamma):
     """(1 - gamma) a + gamma b of two state dicts, as a new one; integer buffers are a's.
 
-    At gamma 0 and 1 it returns the ends bit for bit. Floats of (a, b) at gamma are those of (b, a)
-    at 1 - gamma.
-    The paper's gamma counts from the other end.
+    At gamma 0 and 1 it returns the ends bit for bit. (b, a) at 1 - gamma gives the same floats as
+    (a, b) at gamma. The paper's gamma counts from the other end.
     """
     if gamma in (0, 1):
         return {name: tensor.clone() for name, tensor in (b if gamma else a).items()}

@@ -9,8 +9,8 @@ pass over blocks of outputs that stay in the cache gives
     A = sum p_t d,  B = sum p_t phi(d);  the ratio of the normalisers is sum p_t exp(d) = 1 + A + B,
     KL = log(1 + A + B) - A = B - phi(log(1 + A + B))
 
-In the last form B and phi are of the size of the KL unless all outputs rise together, so nothing
-cancels where that is 1e-7; in the first nothing cancels where they are large. At the teacher d = 0.
+In the last form B and phi are of the KL's size unless all outputs rise together, so nothing cancels
+at a KL of 1e-7; in the first form nothing cancels where A and B are large. At the teacher d = 0.
 """
 
 import math

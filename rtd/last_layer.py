@@ -1,4 +1,4 @@
-"""The head's last layer and the distillation loss in one pass, by blocks of outputs in the cache.
+"""The head's last layer, the distillation loss and gradients, by blocks of outputs in the cache.
 
 A batch of 256 images has 256 x 65,536 outputs. Written plainly, a step moves about ten tensors of
 that size through memory (outputs, soft-maxes, products and gradients). But all that leaves the last

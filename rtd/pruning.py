@@ -1,7 +1,7 @@
 """Global magnitude pruning: which weights a lottery ticket keeps (section 6, Fig. 8, App. E.5).
 
-A mask holds one bool for each weight that may be pruned: True is kept. Each round takes the
-fraction k of what is left, the smallest in magnitude over all layers together, so that after r
+A mask holds one bool for each weight that may be pruned: True is kept. Each round prunes
+the fraction k of what is left, the smallest in magnitude over all layers together, so that after r
 rounds
 
     p_r = sum_{i<r} (1 - k)^i k = 1 - (1 - k)^r

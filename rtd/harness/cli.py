@@ -86,8 +86,8 @@ class Parser(argparse.ArgumentParser):
         add = self.group("device")
         add("--device", DEVICES, "auto", "processor; auto takes a GPU where there is one")
         add("--precision", PRECISIONS, "fp32", "number format of convolutions and matrix products: bf16 is twice as fast on hardware "
-            "that has it and far slower elsewhere; tf32, on CUDA, rounds the factors in training steps to 10 bits")
-        add("--deterministic", bool, False, "same bits on every run on a GPU too; slower there")
+            "that has it and far slower elsewhere; tf32, on CUDA, rounds factors in training steps to 10-bit mantissas")
+        add("--deterministic", bool, False, "bit-identical results on GPUs too; slower there")
 
     def add_output_flags(self, save_every=True):
         """--resume, --overwrite, --save-every, --no-plot, --plot-format."""
@@ -151,7 +151,7 @@ def add_init_flags(add):
     """--init and --epochs of supervised training."""
     add("--init", str, "random", "* starts: random (random:1, random:2 for more draws) or PATH:student, PATH:teacher, "
         "PATH:student-init of a checkpoint; compare student with student-init, the random start it was distilled from", metavar="START")
-    add("--epochs", positive_int, 160, "length of the schedule; lr falls tenfold after 1/2 and after 3/4 of it")
+    add("--epochs", positive_int, 160, "epochs of the schedule; lr falls tenfold after 1/2 and after 3/4 of them")
 
 
 # fmt: on

@@ -46,7 +46,7 @@ def pick_device(name, deterministic=False, local_rank=None):
 
 @contextlib.contextmanager
 def tf32(precision):
-    """In the block, with precision "tf32", CUDA rounds factors of float32 products to 10 bits."""
+    """In the block, with "tf32", CUDA rounds float32 products' factors to 10-bit mantissas."""
     _allow_tf32(precision == "tf32")
     try:
         yield
