@@ -149,8 +149,7 @@ def load_networks(specs, device):
                 f"--origin {specs['--origin']} and {flag} {spec} have different teachers, or images "
                 "that are normalised differently; use one --seed and --dataset, and no --ema"
             )
-    states = [contents[which.replace("-", "_")] for contents, which in loaded]
-    states = [{name: x.to(device) for name, x in state.items()} for state in states]
+    states = [load_network(*network, device).state_dict() for network in loaded]
     return origin, states, [label(*network) for network in loaded]
 
 

@@ -13,7 +13,7 @@ first layer ("wn"), the first layer ("l" linear, "lb" with bias), norm of its ou
 same for the last layer; "-" is nothing.
 """
 
-from itertools import product
+import re
 
 import torch.nn.functional as F
 from torch import nn
@@ -21,19 +21,17 @@ from torch import nn
 from rtd.errors import InputError
 
 PAPER_SLOTS = "-/lb/fn/wn/l/-"
-SLOTS = (("-", "wn"), ("-", "l", "lb"), ("-", "fn"), ("-", "wn"), ("l",), ("-", "fn"))
+SLOTS = "(?!wn/-)(-|wn)/(-|lb?)/(-|fn)/(-|wn)/l/(-|fn)"
 
 
 def parse_slots(text):
-    """The six slots of a text like "-/lb/fn/wn/l/-"; InputError where they do not go together."""
-    slots = tuple(text.split("/"))
-    if slots not in product(*SLOTS):
-        form = ", ".join(" or ".join(allowed) for allowed in SLOTS)
-        form = f"wn1/lin1/fn1/wn2/lin2/fn2, which are {form}; the paper's is {PAPER_SLOTS}"
-        raise InputError(f"--bottleneck {text}: give {form}")
-    if slots[:2] == ("wn", "-"):
-        raise InputError(f"--bottleneck {text}: wn1 normalises the weights of lin1, but lin1 is -")
-    return slots
+    """All slots but lin2 of a text like "-/lb/fn/wn/l/-"; InputError where they do not fit."""
+    if not (slots := re.fullmatch(SLOTS, text)):
+        raise InputError(
+            f"--bottleneck {text}: give wn1/lin1/fn1/wn2/lin2/fn2, which are wn or -, l or lb or -,"
+            f" fn or -, wn or -, l, fn or -, and no wn1 without lin1; the paper's is {PAPER_SLOTS}"
+        )
+    return slots.groups()
 
 
 class L2Bottleneck(nn.Module):
@@ -45,7 +43,7 @@ class L2Bottleneck(nn.Module):
 
     def __init__(self, in_dim, bottleneck_dim, out_dim, slots=PAPER_SLOTS):
         super().__init__()
-        wn1, first, fn1, wn2, _, fn2 = parse_slots(slots)
+        wn1, first, fn1, wn2, fn2 = parse_slots(slots)
         self.first_weight_norm, self.feature_norm = wn1 == "wn", fn1 == "fn"
         self.weight_norm, self.output_norm = wn2 == "wn", fn2 == "fn"
         if first == "-":

@@ -19,7 +19,7 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 from rtd import losses
-from rtd.last_layer import blocks, output_log_mean_exp
+from rtd.last_layer import blocks
 from rtd.models import autocast
 from rtd.probes import probe
 
@@ -33,11 +33,8 @@ def teacher_side(z_t, weight_t):
 
     z_t: (B, K) bottleneck vectors. weight_t: (m, K) last layer, normalised.
     """
-    m, lme_t, inner = len(weight_t), output_log_mean_exp(z_t, weight_t), 0
-    for rows in blocks(m, BLOCK, z_t.device):
-        t = weight_t[rows] @ z_t.T  # (block, B)
-        inner += (t - lme_t).exp_().mul_(t).sum(0)
-    return lme_t, lme_t - inner / m + math.log(m)
+    t = z_t @ weight_t.T  # (B, m), whole, as this is done once
+    return losses.log_mean_exp(t), losses.entropy(t)
 
 
 @torch.no_grad()
@@ -90,8 +87,8 @@ class Landscape:
         is 0. With bf16, a KL below about 1e-4 elsewhere is mostly rounding error.
         """
         self.data, self.encoder_only, self.precision = data, encoder_only, precision
-        train, test = (data.normalize(split.images) for split in (data.train, data.test))
-        self.images = {"train": train, "test": test}
+        splits = {"train": data.train, "test": data.test}
+        self.images = {name: data.normalize(split.images) for name, split in splits.items()}
         self.batch_size, self.sides = batch_size, []  # of each batch, what is kept of the teacher
         for _, _, outputs in self._outputs(teacher):
             self.sides.append(outputs if encoder_only else (*outputs, *teacher_side(*outputs)))
@@ -135,7 +132,7 @@ class Landscape:
         names = [f"{name}_{loss}" for name in totals for loss in MEASURES]
         row = {k: v if math.isfinite(v) else math.nan for k, v in zip(names, values, strict=True)}
         features = [torch.cat(parts) for parts in features.values()]
-        return row | (probe(*features, self.data, probes, **options) if probes else {})
+        return row | probe(*features, self.data, probes, **options)
 
 
 def asymmetry(rows):
@@ -144,7 +141,7 @@ def asymmetry(rows):
     rows: of landscape.csv, the teacher at (0, 0). The nearest come first. Only points with a mirror
     image, to 6 digits, and a finite KL above 0 count.
     """
-    near = 1e-7 * max((abs(row["x"]) for row in rows), default=0)
+    near = 1e-7 * max(abs(row["x"]) for row in rows)
     on_axis = [row for row in rows if abs(row["y"]) <= near]
     kl = {float(f"{row['x']:.6g}"): row["train_kl"] for row in on_axis}
     pairs = [(eps, kl[-eps], kl[eps]) for eps in sorted(kl) if eps > 0 and -eps in kl]

@@ -187,13 +187,11 @@ def norms(network, start=None, name="norm"):
 
     start: a state dict, if the distance from it is asked for (Fig. 17). name: keys begin with it.
     """
-    squares = {}
-    for key, p in network.named_parameters():
-        moved = p if start is None else p - start[key].to(p.device)
-        squares[key] = moved.square().sum()
+    squares = [
+        (p if start is None else p - start[key].to(p.device)).square().sum()
+        for key, p in network.named_parameters()  # first the encoder's
+    ]
     # torch sums each tensor pairwise, Python the sums in doubles; a GPU is waited for once
-    parts = {"encoder": 0.0, "head": 0.0}
-    for key, square in zip(squares, torch.stack([*squares.values()]).tolist(), strict=True):
-        parts[key.split(".")[0]] += square
-    parts["total"] = parts["encoder"] + parts["head"]
+    squares, n = torch.stack(squares).tolist(), len([*network.encoder.parameters()])
+    parts = {"encoder": sum(squares[:n]), "head": sum(squares[n:]), "total": sum(squares)}
     return {f"{name}_{part}": value**0.5 for part, value in parts.items()}

@@ -27,7 +27,6 @@ BLUE, RED, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555
 KINDS = {"student": BLUE, "random": RED, "student-init": PINK, "teacher": GREEN}
 MARKERS = {"-": "o", "--": "s", ":": "^", "-.": "D"}
 LOOKS = [{"linestyle": style, "marker": marker} for style, marker in MARKERS.items()]
-TREATMENTS = {"recompute": "-", "none": "-", "interpolate": "--"}  # of batch norm
 FEATURES = {"student": {"color": BLUE}, "teacher": {"color": RED}, "input pixels": {"color": GREY}}
 PARTS = {"encoder": {"color": BLUE}, "head": {"color": GREEN}}
 PROBE_TITLES = {"linear": "linear probe", "knn": "k-NN probe"}
@@ -270,13 +269,13 @@ def lmc(rows, title=""):
     shown = list(dict.fromkeys(row["kind"] for row in rows))
     figure, axes = _figure(len(shown), title, sharey=True)
     axes[0].set_ylabel("test error (%)")
-    several = len({(row["init"], row["i"], row["j"]) for row in rows}) > len(shown)
     looks = {}
-    for pair in [(), ("init", "i", "j")][: 1 + several]:
+    for pair in ("init", "i", "j"), ():  # the mean on top
         lines = _samples(rows, "gamma", "test_error", "bn", "kind", *pair)
         for (bn, kind, *_), line in lines.items():
-            look = {"linestyle": TREATMENTS[bn], "linewidth": 0.6 if pair else 2.2}
-            label = "one pair" if pair or not several else f"mean of {len(line[0])} pairs"
+            look = {"linewidth": 0.6 if pair else 2.2}
+            look["linestyle"] = "--" if bn == "interpolate" else "-"
+            label = "one pair" if pair or len(line[0]) == 1 else f"mean of {len(line[0])} pairs"
             looks[f"{label},\nbatch norm: {bn}"] = look | {"color": GREY}
             mean = {gamma: [np.mean(errors)] for gamma, errors in line.items()}
             axis = axes[shown.index(kind)]

@@ -51,8 +51,8 @@ class Parser(argparse.ArgumentParser):
             else:
                 more |= {"choices": kind, "metavar": "NAME"}
                 help += f" ({'any' if 'nargs' in more else 'one'} of {', '.join(kind)})"
-            shown = ", ".join(map(str, default)) if isinstance(default, list) else default
-            note = "" if shown in (None, "None") else f" (default: {shown})"
+            shown = default if isinstance(default, list) else [default]
+            note = "" if shown == [None] else f" (default: {', '.join(map(str, shown))})"
             group.add_argument(flag, default=default, help=help + note, **more)
 
         return add

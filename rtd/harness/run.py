@@ -130,20 +130,18 @@ class Run:
         for path in old:
             path.unlink(missing_ok=True)
         if not continued:
-            self._write_config()
+            self._changed = True
+            self.keep_flags()
         self.say(f"run folder: {folder}")
         if shutil.disk_usage(folder).free < 2**30:
             self.say(f"note: less than 1 GB is free on the disk of {folder}")
 
-    def _write_config(self):
-        with files.atomic_write(self.folder / "config.json", "w") as file:
-            file.write(json.dumps(self.config, indent=2) + "\n")
-        self._changed = False
-
     def keep_flags(self):
         """Write config.json anew if flags changed: once something was done, none is refused."""
-        if self._changed and self.world.is_main:
-            self._write_config()
+        if self._changed:  # in the main process alone, which opened the folder
+            with files.atomic_write(self.folder / "config.json", "w") as file:
+                file.write(json.dumps(self.config, indent=2) + "\n")
+            self._changed = False
 
     def _check(self, path, contents, **unit):
         """Raise InputError unless ``contents``, of a file, belong to this run and ``unit``."""

@@ -98,7 +98,7 @@ class Training:
 
         Batch norm sees batch statistics as in training, and its running ones do not move.
         """
-        buffers = {name: buffer.clone() for name, buffer in self.loss.named_buffers()}
+        buffers = copy.deepcopy(dict(self.loss.named_buffers()))
         batches = torch.arange(self.count, device=self.device).split(self.args.batch_size)
         # as in a step, each process sees its part of a batch: SyncBatchNorm waits for all of them
         shares = map(self.world.share, batches)
