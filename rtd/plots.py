@@ -269,13 +269,14 @@ def lmc(rows, title=""):
     shown = list(dict.fromkeys(row["kind"] for row in rows))
     figure, axes = _figure(len(shown), title, sharey=True)
     axes[0].set_ylabel("test error (%)")
+    several = len({(row["init"], row["i"], row["j"]) for row in rows}) > len(shown)
     looks = {}
-    for pair in ("init", "i", "j"), ():  # the mean on top
+    for pair in [(), ("init", "i", "j")][: 1 + several]:
         lines = _samples(rows, "gamma", "test_error", "bn", "kind", *pair)
         for (bn, kind, *_), line in lines.items():
             look = {"linewidth": 0.6 if pair else 2.2}
             look["linestyle"] = "--" if bn == "interpolate" else "-"
-            label = "one pair" if pair or len(line[0]) == 1 else f"mean of {len(line[0])} pairs"
+            label = "one pair" if pair or not several else f"mean of {len(line[0])} pairs"
             looks[f"{label},\nbatch norm: {bn}"] = look | {"color": GREY}
             mean = {gamma: [np.mean(errors)] for gamma, errors in line.items()}
             axis = axes[shown.index(kind)]
