@@ -65,7 +65,7 @@ class Number(NamedTuple):
     """Mean and standard deviation (None for one value) of n values of the runs of one scale."""
 
     label: str
-    run: Path
+    runs: list[Path]
     mean: float
     std: float | None
     n: int
@@ -100,8 +100,13 @@ def read_csv(path):
 
 
 def highest(path, places, column):
-    """The row of a landscape next to a place, or the highest on the way between two (a>b)."""
+    """The row of a landscape next to a place, the highest on the way between two (a>b), or of all.
+
+    places: x,y or names of networks, or of a column, the one in which the row is the highest.
+    """
     rows, points = read_csv(path), read_csv(path.with_name("points.csv"))
+    if places in rows[0]:
+        return [max(rows, key=lambda row: float(row[places] or "-inf"))]
     named = {row["name"]: (row["x"], row["y"]) for row in points}
     ends = [named.get(place) or place.split(",") for place in places.split(">")]
     there = np.array([(row["x"], row["y"]) for row in rows], float)
@@ -140,8 +145,8 @@ def number(label, sources, scale):
             continue
         begun = {path: rows for path, rows in tables.items() if rows[-1].get("epoch") != "0"}
         tables = begun or tables  # a run without an epoch yet counts among its like alone
-        first = next(iter(tables))
-        run, row = folder / first.relative_to(folder).parts[0], tables[first][-1]
+        runs = [*dict.fromkeys(folder / path.relative_to(folder).parts[0] for path in tables)]
+        run, row = runs[0], next(iter(tables.values()))[-1]
         epoch, best = "", []
         if "step" in row:  # epochs of runs; stopped ones are compared at the last that all have
             last = min(int(rows[-1]["epoch"]) for rows in tables.values())
@@ -155,7 +160,7 @@ def number(label, sources, scale):
         final = [float(row[column]) for row in ends]
         return Number(
             label.replace("{kept}", shown(100 - 100 * float(row.get("sparsity") or 0))),
-            run,
+            runs,
             *mean_and_std(final),
             len(final),
             spread(*mean_and_std(best)) if best else "",
@@ -179,7 +184,7 @@ def config(run):
 
 def test_images(run, row):
     if "probed_on" in row:
-        return TEST_IMAGES[row["probed_on"]]
+        return int(row.get("test_images") or TEST_IMAGES[row["probed_on"]])
     flags = config(run)["flags"]
     data = flags.get("probe_dataset") or flags["dataset"]
     data = data[0] if isinstance(data, list) else data  # a sweep's; all its test images are equal

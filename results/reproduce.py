@@ -30,9 +30,9 @@ from pathlib import Path
 from claims import RESULTS, ROOT, ROWS, SCALES, commands, config, lines_of, pictures, spread, text
 
 VGG11 = 3.5  # hours on two cores with bf16 for one run of the paper's protocol: the unit V
-# Hours on a GPU for one on two cores, from runs on an H200: six of Fig. 1's side by side, and
-# Table 1's four small ones in turn.
-GPU = {"paper": 0.03 / VGG11, "small": 0.22 / 1.7}
+# Hours on a GPU for one on two cores, at most: each of Fig. 1's six runs and of Table 1's four small
+# ones took so long on an H200 while all ten shared it.
+GPU = {"paper": 0.18 / VGG11, "small": 0.22 / 1.7}
 MARKS = "<!-- results/reproduce.py writes this -->", "<!-- and ends here -->"
 
 # ---------------------------------------------------------------------------------------- running
@@ -40,8 +40,8 @@ MARKS = "<!-- results/reproduce.py writes this -->", "<!-- and ends here -->"
 
 def in_order(name, scale):
     """The row ``name`` after those whose runs its commands read."""
-    read = re.findall(r"\{(\w+)\}", text(name, f"run.{scale}"))
-    before = [row for other in read if other in ROWS for row in in_order(other, scale)]
+    read = {*re.findall(r"\{(\w+)\}", text(name, f"run.{scale}"))} & {*ROWS} - {name}
+    before = [row for other in sorted(read) for row in in_order(other, scale)]
     return list(dict.fromkeys([*before, name]))
 
 
@@ -107,7 +107,7 @@ def filled(template, table):
 
 
 def verdict(name, table):
-    there = [found.run.parent.name for _, _, ours in table for found in ours]
+    there = [found.runs[0].parent.name for _, _, ours in table for found in ours]
     best = next((scale for scale in SCALES if scale in there), None)
     if best is None:
         return "Not run yet."
@@ -125,9 +125,11 @@ def origin(run):
     link = "[{0}]({0})".format(run.relative_to(RESULTS).as_posix())
     if "command" in (found := config(run)):
         configs = [json.loads(path.read_text()) for path in sorted(run.rglob("config.json"))]
-        commits = {re.sub("(?<=^.{7})[0-9a-f]*", "", one["commit"] or "unknown") for one in configs}
-        made = f"commit {', '.join(sorted(commits))}, {found['device']}"
-        return f"{link}: `{found['command']}`, {made}"
+        # what a sweep's own config.json says of commit and device holds for its last session alone
+        made = [one for one in configs if "flags that vary" not in one.get("identity", {})]
+        commits = {re.sub("(?<=^.{7})[0-9a-f]*", "", one["commit"] or "unknown") for one in made}
+        devices = " / ".join(sorted({one["device"] for one in made}))
+        return f"{link}: `{found['command']}`, commit {', '.join(sorted(commits))}; {devices}"
     return f"{link}: made by the command below"
 
 
@@ -156,14 +158,14 @@ def section(name):
         for found in ours:
             mine = f"{spread(found.mean, found.std)} | {found.best}"
             n = found.n if found.n > 1 else "**1**"
-            where = f"{found.epoch} | {found.run.parent.name}/{found.run.name}"
+            where = f"{found.epoch} | {found.runs[0].parent.name}/{found.runs[0].name}"
             cells.append(f"| {found.label} | {paper} | {mine} | {n} | {where} |")
     said.append("\n".join(cells) if table else "")
     if errors := standard_errors(numbers):
         said.append(f"The standard error of one accuracy is at most {errors}.")
     said.append(text(name, "note"))
     said.append(f"**Verdict.** {verdict(name, table)}")
-    runs = dict.fromkeys(found.run for found in numbers)
+    runs = dict.fromkeys(run for found in numbers for run in found.runs)
     said.append("\n".join(["**Runs.**", "", *(f"* {origin(run)}" for run in runs)]) if runs else "")
     here = not commands(name, "small") or (RESULTS / name / "small").exists()
     note = "" if here else " These runs are not here yet."
@@ -173,7 +175,7 @@ def section(name):
             time = hours(name, scale)
             gpu = max(time * GPU[scale], 0.01)
             call = f"python results/reproduce.py {name} --scale {scale} --data-dir data"
-            cost = f"{time:,.{time < 10:d}f} h on two cores, {gpu:,.{2 * (gpu < 1)}f} h on a GPU"
+            cost = f"{time:,.{time < 10:d}f} h on two cores, at most {gpu:,.{2 * (gpu < 1)}f} h on a GPU"
             said.append(f"Scale `{scale}`, {cost} (estimate):\n\n    {call}")
             listed = "\n".join(f"python {line}" for line in lines)
             said.append(f"<details><summary>its runs</summary>\n\n```\n{listed}\n```\n\n</details>")
@@ -268,7 +270,7 @@ def list_rows():
         print(f"{name:<7} {text(name, 'title')}")
         print(f"{'':<7} {costs or 'reads the runs of other rows'}; here: {', '.join(there) or '-'}")
     less = " and ".join(f"1/{1 / GPU[scale]:.0f} ({scale})" for scale in ("small", "paper"))
-    print(f"Hours are for two cores with bf16; a GPU takes about {less} of them (estimate).")
+    print(f"Hours are for two cores with bf16; a GPU takes at most {less} of them (estimate).")
 
 
 def parse_args():

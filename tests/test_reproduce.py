@@ -25,6 +25,7 @@ def reproduce(folder, *flags):
     call = [sys.executable, "results/reproduce.py", *flags]
     done = subprocess.run(call, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_the_pages_are_current(clone):
@@ -49,6 +50,21 @@ def test_what_the_pages_link_to_is_there():
         links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
         local = [link for link in links if "://" not in link]
         assert local and all(((ROOT / page).parent / link).exists() for link in local)
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
+def test_what_a_command_reads_was_made_before(clone, scale):
+    for script in SCRIPTS:  # which do nothing
+        (clone / f"run_{script}.py").write_text("")
+    for rows in ("fig9", "fig18"), ("all",):
+        done, made = reproduce(clone, *rows, "--scale", scale), []
+        for command in re.findall(r"(?m)^\$ python (.*)", done.stdout):
+            words = command.split()
+            out = words[words.index("--out") + 1]
+            paths = re.findall(r"runs/[^\s:]+", command.replace(out, ""))
+            assert all(any(f"{path}/".startswith(f"{run}/") for run in made) for path in paths)
+            made.append(out)
+        assert made
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
