@@ -183,6 +183,7 @@ def train(training, teacher, probed, networks, history):
     run, args, student, rows = training.run, training.args, training.loss.student, history["rows"]
     began = time.perf_counter() - history["seconds"]  # as if there had been one session
     better = []  # the best checkpoint, until it is saved
+    moving = ("student", "teacher") if args.ema else ("student",)
 
     def checkpoint():
         """The networks as they are and how far training went."""
@@ -206,7 +207,7 @@ def train(training, teacher, probed, networks, history):
         accuracy = row[f"student_{args.probe[0]}"] if args.probe else None  # the first decides
         if epoch and accuracy is not None and accuracy > history["best"]:
             history["best"] = accuracy
-            better[:] = [copy.deepcopy(checkpoint())]
+            better[:] = [checkpoint() | copy.deepcopy({name: networks[name] for name in moving})]
         run.say(f"epoch {epoch}/{args.epochs}: {in_words(rows[-1])}")
         if epoch and not row["distance_total"]:
             run.say("note: the student has not moved; give an --alpha above 0")
@@ -218,7 +219,6 @@ def train(training, teacher, probed, networks, history):
                 run.table("log.csv", COLUMNS, rows)
 
     encoders = {"student": student.encoder, "teacher": teacher.encoder, "input": None}
-    moving = ("student", "teacher") if args.ema else ("student",)  # the others are probed once
     for epoch in range(len(rows), args.epochs + 1):
         with training.saving(save):
             means = training.run_epoch(epoch) if epoch else training.evaluate_start()
@@ -228,7 +228,7 @@ def train(training, teacher, probed, networks, history):
             row |= LastLayerLoss(*means)._asdict()
             row |= norms(student, networks["student_init"], "distance")
             if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
-                for name in moving if epoch else encoders:
+                for name in moving if epoch else encoders:  # what does not move, only once
                     found = probe_encoder(encoders[name], probed, args, run.world)
                     row |= {f"{name}_{probe}": accuracy for probe, accuracy in found.items()}
             log(epoch, row)

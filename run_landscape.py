@@ -79,7 +79,7 @@ def parse_args(argv=None):
             if not (-1e9 < low <= high < 1e9 and n in range(1, 10_001) and (low < high) == (n > 1)):
                 what = f"--{axis}-range {low:g} {high:g} {n:g}"
                 parser.error(f"{what}: give smaller end, larger end and number, such as -1 2 25")
-            setattr(args, f"{axis}_range", [low + 0.0, high, int(n)])  # a CSV has no -0
+            setattr(args, f"{axis}_range", [low + 0.0, high + 0.0, int(n)])  # a CSV has no -0
     if args.origin is None and args.x_axis:
         args.origin = f"{path_of(args.x_axis) or args.x_axis}:teacher"
     return args
@@ -87,7 +87,7 @@ def parse_args(argv=None):
 
 def main(args, device, world):
     if args.plot_only:
-        return draw_only(args, world)
+        return world.in_main(lambda: draw_only(args, world))
     specs = {"--origin": args.origin, "--x-axis": args.x_axis, "--y-axis": args.y_axis}
     origin, states, names = load_networks(specs, device)
     source = origin["data"]

@@ -69,9 +69,11 @@ def parse_args(argv=None):
     # fmt: on
     args = parser.parse(argv, "init", "bn_statistics")
     args.bn_statistics.sort(reverse=True)  # recompute first, in whatever order they are given
-    for flag in "runs", "points":
-        if getattr(args, flag) == 1:
-            parser.error(f"--{flag} 1: a line has two ends; give at least 2")
+    for flag, least in (("runs", 2), ("points", 3)):
+        if (given := getattr(args, flag)) < least:
+            parser.error(
+                f"--{flag} {given}: a barrier lies between two ends; give at least {least}"
+            )
     return args
 
 

@@ -24,7 +24,7 @@ from rtd.probes import PROBES
 
 PROBED = (*ROLES, "input")
 COLUMNS = ("checkpoint", "sha256", "epoch", "trained_on", "probed_on", "network", *PROBES)
-COLUMNS += ("train_images", "test_images", "k", "probe_epochs", "seed")
+COLUMNS += ("train_images", "test_images", "k", "probe_epochs", "seed", "precision")
 
 
 def parse_args(argv=None):
@@ -62,7 +62,7 @@ def main(args, device, world):
     cli.note_steps(args, data, world)
     data, rows, pixels = data.to(device), [], {}  # pixels: their accuracies by normalisation
     replaces = args.out.exists()  # a table, which stands until the new one is whole
-    probes = len(data.train), len(data.test), args.k, args.probe_epochs, args.seed
+    settings = len(data.train), len(data.test), args.k, args.probe_epochs, args.seed, args.precision
     for path, contents in loaded:
         normalised = data.with_normalization(contents["data"])
         origin = (path, files.sha256(path), contents["epoch"], contents["data"]["name"], data.name)
@@ -76,7 +76,7 @@ def main(args, device, world):
                 encoder = load_network(contents, network, device).encoder
                 values = probe_encoder(encoder, normalised, args, world)
             found = [values.get(probe) for probe in PROBES]
-            rows.append(dict(zip(COLUMNS, (*origin, network, *found, *probes), strict=True)))
+            rows.append(dict(zip(COLUMNS, (*origin, network, *found, *settings), strict=True)))
             said = (f"{probe} {value:.2f}" for probe, value in values.items())
             world.say(f"{network} of {path}: {', '.join(said)}")
             if world.is_main and not replaces:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rtd import pruning
 from rtd.data import Dataset, Split, normalize
 from rtd.distill import Distiller, FrozenTeacher, adamw, teacher_answers
+from rtd.harness.datasets import CIFAR
 from rtd.harness.device import DEVICES, describe, lacks_bf16, pick_device
 from rtd.harness.distributed import World
 from rtd.harness.training import Training
@@ -40,7 +41,6 @@ from rtd.probes import extract_features, knn_probe, linear_probe
 from rtd.supervised import SupervisedLoss, build_classifier, sgd
 
 BARE = "bare encoder, forward + backward"
-CONSTANTS = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # of CIFAR-10's normalisation
 
 
 def random_data(train, test, device):
@@ -50,7 +50,7 @@ def random_data(train, test, device):
     for n in (train, test):
         images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
         splits.append(Split(images, torch.arange(n) % 10))
-    return Dataset("random", *splits, 10, *CONSTANTS).to(device)
+    return Dataset("random", *splits, 10, *CIFAR).to(device)
 
 
 def teacher_and_student(args, device):
@@ -92,7 +92,7 @@ def print_ratios(seconds, of, base):
 def bare_step(args, device, data, precision="fp32"):
     """The least: forward and backward of the student's encoder alone."""
     _, student = teacher_and_student(args, device)
-    x = normalize(data.train.images[: args.batch_size], *CONSTANTS)
+    x = normalize(data.train.images[: args.batch_size], *CIFAR)
 
     def step():
         with autocast(device, precision):
@@ -106,7 +106,7 @@ def bare_step(args, device, data, precision="fp32"):
 def our_step(args, device, data, precision="fp32"):
     """A step of run_distill.py."""
     teacher, student = teacher_and_student(args, device)
-    frozen = FrozenTeacher(teacher, teacher_answers(teacher, *CONSTANTS, 1.0, data.train.images))
+    frozen = FrozenTeacher(teacher, teacher_answers(teacher, *CIFAR, 1.0, data.train.images))
     del teacher
     distiller = Distiller(student, frozen, data, compiled=args.compile)
     optimizer = adamw(student)
@@ -130,7 +130,7 @@ def plain_step(args, device, data, precision="fp32"):
     index = some_indices(args, data)
 
     def step():
-        x = normalize(data.train.images[index], *CONSTANTS).contiguous()
+        x = normalize(data.train.images[index], *CIFAR).contiguous()
         with autocast(device, precision):
             with torch.no_grad():
                 t = teacher(x)
@@ -235,7 +235,7 @@ def bench_probe(args, device):
 
     def extract():
         for name, split in zip(("train", "test"), splits, strict=True):
-            features[name] = extract_features(student.encoder, split.images, *CONSTANTS)
+            features[name] = extract_features(student.encoder, split.images, *CIFAR)
 
     def both(probe, *more):
         return probe(features["train"], splits[0].labels, features["test"], splits[1].labels, *more)

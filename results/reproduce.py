@@ -30,8 +30,8 @@ from pathlib import Path
 from claims import RESULTS, ROOT, ROWS, SCALES, commands, config, lines_of, pictures, spread, text
 
 VGG11 = 3.5  # hours on two cores with bf16 for one run of the paper's protocol: the unit V
-# Hours on a GPU for one on two cores, at most: each of Fig. 1's six runs and of Table 1's four small
-# ones took so long on an H200 while all ten shared it.
+# Hours on a GPU for one on two cores, at most: each of Fig. 1's six runs and of Table 1's four
+# small ones took so long on an H200 while all ten shared it.
 GPU = {"paper": 0.18 / VGG11, "small": 0.22 / 1.7}
 MARKS = "<!-- results/reproduce.py writes this -->", "<!-- and ends here -->"
 
@@ -80,8 +80,8 @@ def collect(name, scale, folder):
         shutil.rmtree(target, ignore_errors=True)
         for path in source.rglob("*.*"):
             inside = path.relative_to(source)
-            to, part = target / inside, {"chains", "lines"} & set(inside.parts)
-            if path.name == "config.json" or to in drawn or (path.suffix == ".csv" and not part):
+            to, detail = target / inside, {"chains", "lines"} & set(inside.parts)
+            if path.name == "config.json" or to in drawn or (path.suffix == ".csv" and not detail):
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, to)
     return len(found)
@@ -125,10 +125,11 @@ def origin(run):
     link = "[{0}]({0})".format(run.relative_to(RESULTS).as_posix())
     if "command" in (found := config(run)):
         configs = [json.loads(path.read_text()) for path in sorted(run.rglob("config.json"))]
-        # what a sweep's own config.json says of commit and device holds for its last session alone
+        # a sweep's own config.json is of one session, in which some of its runs may have been made
         made = [one for one in configs if "flags that vary" not in one.get("identity", {})]
+        made += [session for one in made for session in one.get("earlier", [])]
         commits = {re.sub("(?<=^.{7})[0-9a-f]*", "", one["commit"] or "unknown") for one in made}
-        devices = " / ".join(sorted({one["device"] for one in made}))
+        devices = " / ".join(sorted({one["device"] for one in made if "device" in one}))
         return f"{link}: `{found['command']}`, commit {', '.join(sorted(commits))}; {devices}"
     return f"{link}: made by the command below"
 
@@ -175,7 +176,8 @@ def section(name):
             time = hours(name, scale)
             gpu = max(time * GPU[scale], 0.01)
             call = f"python results/reproduce.py {name} --scale {scale} --data-dir data"
-            cost = f"{time:,.{time < 10:d}f} h on two cores, at most {gpu:,.{2 * (gpu < 1)}f} h on a GPU"
+            cost = f"{time:,.{time < 10:d}f} h on two cores"
+            cost += f", at most {gpu:,.{2 * (gpu < 1)}f} h on a GPU"
             said.append(f"Scale `{scale}`, {cost} (estimate):\n\n    {call}")
             listed = "\n".join(f"python {line}" for line in lines)
             said.append(f"<details><summary>its runs</summary>\n\n```\n{listed}\n```\n\n</details>")
@@ -289,6 +291,10 @@ def parse_args():
         parser.error(f"{min(unknown)} is no row; the rows are {', '.join(ROWS)}, or all")
     if args.collect and RESULTS in args.collect.resolve().parents:
         parser.error(f"--collect {args.collect} is where it copies to; give the folder of the runs")
+    if args.rows and not args.collect and (args.page or args.redraw):
+        parser.error("--page and --redraw run nothing; leave out the rows")
+    if args.collect and not args.rows:
+        parser.error("--collect: name the rows to copy, or all")
     args.rows = ROWS if "all" in args.rows else args.rows
     return args
 

@@ -352,10 +352,10 @@ def landscapes(panels):
                 networks[row["x"], row["y"]] = f"${name}$"
         for axis, name, grid in zip(axes, shown, grids, strict=False):
             label = labels[name] or f"{panel['loss']}, nats"
-            if 1 in grid.shape:
-                _cut(axis, xs, ys, grid, networks, label)
-            elif np.isfinite(grid).any():
-                _map(axis, xs, ys, grid, grids[-1], networks, label, panel["orthogonal"])
-            else:
+            if not np.isfinite(grid).any():
                 axis.set_axis_off()
+            elif 1 in grid.shape:
+                _cut(axis, xs, ys, grid, networks, label)
+            else:
+                _map(axis, xs, ys, grid, grids[-1], networks, label, panel["orthogonal"])
     return figure

@@ -226,7 +226,12 @@ def test_other_inputs_are_noticed(script, finished, tmp_path):
     assert script("distill", flags, "--epochs 1").code == 0
     moved = one.rename(tmp_path / "elsewhere")
     assert script("distill", flags, "--epochs 2 --resume --data-dir", moved).code == 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = (tmp_path / "run" / "config.json").read_text()
+    assert (
+        script("distill", flags, "--epochs 2 --resume --data-dir", moved).code == 0
+    )  # all is done
+    assert (tmp_path / "run" / "config.json").read_text() == config
+    config = json.loads(config)
     assert config["flags"]["epochs"] == 2 and "--epochs 1" in config["earlier"][0]["command"]
     result = script("distill", flags, "--epochs 3 --resume --data-dir", two)
     assert one_sentence(result, "training images") == ""
@@ -398,7 +403,7 @@ def test_odd_characters_in_paths_come_back_from_the_tables(tmp_path):
     for more in ("", "--resume"):
         finish(start("distill", TINY, "--epochs 1 --out", out, more))
         finish(start("imp", flags, out / "imp", "--rounds 1", more))
-        finish(start("lmc", flags, out / "lmc", "--runs 2 --points 2", more))
+        finish(start("lmc", flags, out / "lmc", "--runs 2 --points 3", more))
     finish(start("probe", out / "checkpoint.pt", DATA, "--k 5 --out", out / "probe.csv"))
     assert {row["checkpoint"] for row in table(out / "probe.csv")} == {str(out / "checkpoint.pt")}
     for name in ("imp", "lmc"):
@@ -437,6 +442,7 @@ def test_signals_in_an_epoch_lose_no_step(run_of, monkeypatch, name, number, ste
     before_each(monkeypatch, entropy, "cross_entropy", lambda *_: next(calls) == -step and stop())
     assert one_sentence(run.resume("--save-every 9"), "--resume", code=128 + number) == ""
     assert run.ends_wrong() == ""
+    assert len(json.loads((run.out / "config.json").read_text())["earlier"]) == 1
     done = {"distill": 4 * 3, "imp": (3 + 3 + 3) * 3 + (3 + 2 + 2) * 3, "lmc": 3 * 2 * 3}[name]
     assert next(steps) == done
 
@@ -446,7 +452,8 @@ def test_an_overwritten_sweep_leaves_nothing_behind(run_of, script, monkeypatch)
     before = snapshot(run.out)
     with monkeypatch.context() as patch:
         before_each(patch, torch.optim.AdamW, "step", lambda *_: next(calls) or TERMINATE())
-        assert script(*run.command[:2], "--overwrite --out", run.out).code == 143
+        result = script(*run.command[:2], "--overwrite --out", run.out)
+        assert one_sentence(result, "--resume instead of --overwrite", code=143) == ""
     assert run.ends_wrong() == ""
     states = [name for name in before if name.endswith(".pt")]
     assert states and all(snapshot(run.out)[name] != before[name] for name in states)

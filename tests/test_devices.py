@@ -80,7 +80,7 @@ def settings(monkeypatch):
         ("mps", 0, False, None, "--device mps.*available: cpu"),
         # torchrun gives a rank
         ("auto", 2, False, 1, "cuda:1"),
-        ("cuda", 2, False, 2, "--nproc-per-node must be at most 2"),
+        ("cuda", 1, False, 0, "--nproc-per-node must be at most 1"),
         ("auto", 0, True, 0, "cpu"),
         ("mps", 0, True, 0, "--device mps.*torchrun"),
     ],
@@ -93,7 +93,7 @@ def test_a_device_is_picked_or_refused(monkeypatch, settings, name, gpus, mps, r
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     refused = expected.startswith("--")  # in these words
     with pytest.raises(InputError, match=expected) if refused else contextlib.nullcontext():
-        assert devices.pick_device(name, local_rank=rank) == torch.device(expected)
+        assert devices.pick_device(name, False, rank, 2) == torch.device(expected)
 
 
 def test_products_keep_their_digits_and_deterministic_runs_choose_no_algorithm_by_time(settings):

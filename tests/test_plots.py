@@ -154,6 +154,8 @@ def test_planes_show_kl_and_the_probes_there_are_with_the_networks_named():
         kl, knn = plots.landscapes([panel(**cut)]).axes
         assert kl.get_xlabel() == ("y" if "xs" in cut else "x")
         assert knn.lines[0].get_ydata().tolist() == [row["knn"] for row in panel(**cut)["rows"]]
+        probed, *_ = plots.landscapes([panel(**cut), panel(**cut, linear=7.0)]).axes[1::3]
+        assert not probed.axison  # a cut without this probe
 
 
 @pytest.mark.parametrize("draw", FIGURES)

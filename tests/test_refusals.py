@@ -22,7 +22,7 @@ distill,imp,lmc,landscape --resume --overwrite
 imp --rounds -1; --rounds 60; --prune-fraction 0; --prune-fraction 1; --prune some; --control same
 imp --rewind-epoch 3; --init student; --init random:1 random:01; --init random:x; --lr nan
 imp --epochs 0; --save-every 0; --subset 5000
-lmc --runs 1; --points 1; --bn-statistics none; --bn-batches 0; --line-subset 41; --epochs 0
+lmc --runs 1; --points 2; --bn-statistics none; --bn-batches 0; --line-subset 41; --epochs 0
 landscape --x-range 1 0 5; --x-range 0 1 0; --x-range 0 0 2; --x-range 0 1 2.5; --x-range 0 1 1
 landscape --y-range a 1 5                             | --y-range 'a' number
 landscape --y-range nan 1 5                           | --y-range 'nan' number
@@ -53,6 +53,8 @@ distill --norm batch --encoder vit-tiny               | --norm batch ViT
 distill --image-size 16; --image-size 100000          | --image-size 32 1024
 distill --encoder vit-tiny --image-size 36            | --image-size 36 8
 distill --probe-subset 5                              | --probe-subset 5 --probe-dataset
+distill --probe-dataset digits --probe-subset 5000    | --probe-subset 5000 --probe-dataset
+distill --probe-dataset cifar10                       | --probe-dataset cifar10 --data-dir
 distill --beta 1 --out-dim 8                          | --beta 1 --out-dim
 distill --beta 1 --dataset noise --probe-dataset digits | --beta 1 noise
 distill --teacher nowhere.pt:student                  | nowhere.pt

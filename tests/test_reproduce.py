@@ -21,6 +21,14 @@ def clone(tmp_path):
     return shutil.copytree(ROOT, tmp_path / "lines", ignore=skipped)  # as a folder of run_lmc.py
 
 
+@pytest.fixture
+def idle(clone):
+    """A clone whose scripts do nothing."""
+    for script in SCRIPTS:
+        (clone / f"run_{script}.py").write_text("")
+    return clone
+
+
 def reproduce(folder, *flags):
     call = [sys.executable, "results/reproduce.py", *flags]
     done = subprocess.run(call, cwd=folder, capture_output=True, text=True)
@@ -53,11 +61,9 @@ def test_what_the_pages_link_to_is_there():
 
 
 @pytest.mark.parametrize("scale", ["paper", "small"])
-def test_what_a_command_reads_was_made_before(clone, scale):
-    for script in SCRIPTS:  # which do nothing
-        (clone / f"run_{script}.py").write_text("")
+def test_what_a_command_reads_was_made_before(idle, scale):
     for rows in ("fig9", "fig18"), ("all",):
-        done, made = reproduce(clone, *rows, "--scale", scale), []
+        done, made = reproduce(idle, *rows, "--scale", scale), []
         for command in re.findall(r"(?m)^\$ python (.*)", done.stdout):
             words = command.split()
             out = words[words.index("--out") + 1]
@@ -83,6 +89,13 @@ def test_pictures_of_several_planes_are_drawn_by_their_command(script, tmp_path)
         flags = re.sub(r"runs/reproduce/(\w+)-small", rf"{ROOT}/results/\1/small", flags)
         assert script("landscape", flags.partition(" ")[2], "--out", tmp_path / "x.png").code == 0
     assert found
+
+
+def test_flags_that_run_nothing_take_no_rows_and_those_that_copy_need_some(idle):
+    for flags in "fig8 --page", "fig8 --redraw", "--collect runs":
+        call = [sys.executable, "results/reproduce.py", *flags.split()]
+        done = subprocess.run(call, cwd=idle, capture_output=True, text=True)
+        assert done.returncode == 2 and "rows" in done.stderr
 
 
 def test_probes_that_have_no_config_are_taken_over(clone, tmp_path):

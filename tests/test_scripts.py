@@ -485,10 +485,10 @@ def test_runs_share_their_start_and_a_point_mixes_its_ends(script, tmp_path, mon
 )
 def test_a_start_brings_its_normalisations(script, finished, tmp_path, name, bn):
     path = finished[name] / "checkpoint.pt"
-    flags = f"{SUPERVISED} --init {path}:student --epochs 1 --runs 2 --points 2"
+    flags = f"{SUPERVISED} --init {path}:student --epochs 1 --runs 2 --points 3"
     well(script("lmc", flags, "--bn-statistics recompute interpolate --out", tmp_path))
     rows = table(tmp_path / "lmc.csv")
-    assert {row["bn"] for row in rows} == bn and len(rows) == 2 * len(bn)
+    assert {row["bn"] for row in rows} == bn and len(rows) == 3 * len(bn)
     one, two = (state(p)["data"] for p in (path, tmp_path / "runs" / "init0-run1.pt"))
     assert (one["mean"], one["std"]) == (two["mean"], two["std"])
 

@@ -187,7 +187,11 @@ def load_sources(args, world):
     other, probed = args.probe_dataset or PROBED_ON.get(args.dataset), None
     if other:
         flags = vars(args) | {"dataset": other, "subset": args.probe_subset}
-        probed = load_data(argparse.Namespace(**flags), world, args.dataset)
+        try:
+            probed = load_data(argparse.Namespace(**flags), world, args.dataset)
+        except InputError as error:  # of --subset and --dataset
+            error.args = (re.sub("--(subset|dataset)", r"--probe-\1", f"{error}"),)
+            raise
     elif args.probe_subset:
         raise InputError(f"--probe-subset {args.probe_subset}: give --probe-dataset, or --subset")
     data = load_data(args, world, other, probed)
@@ -209,7 +213,8 @@ def run(main, args):
     try:
         with signals.raising(received):
             check_torchvision()
-            device = pick_device(args.device, args.deterministic, os.environ.get("LOCAL_RANK"))
+            torchrun = map(os.environ.get, ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+            device = pick_device(args.device, args.deterministic, *torchrun)
             with distributed.process_group(device) as world:
                 main(args, device, world)
     except BaseException as error:
@@ -220,7 +225,8 @@ def run(main, args):
             if getattr(lost, "filename", None):  # of a save that failed meanwhile
                 message += f" without saving {lost.filename}: {lost.strerror or lost}"
             if "resume" in args:
-                message += "; the same command with --resume goes on"
+                instead = " instead of --overwrite" if args.overwrite else ""
+                message += f"; the same command with --resume{instead} goes on"
         elif isinstance(error, (InputError, Diverged)):
             code, message = 1 if isinstance(error, Diverged) else 2, error
         elif re.search("MemoryError|out of memory|DefaultCPUAll|Storage size", repr(error)):

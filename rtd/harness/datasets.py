@@ -98,10 +98,8 @@ def fingerprints(data, of=""):
         some = split.images[:: max(1, len(split) // 1000)].contiguous()
         return hashlib.sha256(b"".join([split.labels.numpy(), some.numpy()])).hexdigest()
 
-    return {
-        f"the training images{of}": digest(data.train),
-        f"the test images{of}": digest(data.test),
-    }
+    splits = {"training": data.train, "test": data.test}
+    return {f"the {name} images{of}": digest(split) for name, split in splits.items()}
 
 
 def load_digits(size):
@@ -277,7 +275,8 @@ def _decoded(root, split, files, size, say):
     for path, label in files:
         with reading(path):
             found = os.stat(path)
-        digest.update(f"\n{path!a} {found.st_size} {found.st_mtime_ns} {label}".encode())
+        size_and_time = f"{found.st_size} {found.st_mtime_ns}"
+        digest.update(f"\n{path.relative_to(root)!a} {size_and_time} {label}".encode())
     with contextlib.suppress(InputError, MemoryError):  # no cache, or a damaged one
         labels = _tensor(cache, digest.hexdigest())  # of other files, there is no array so named
         return Split(_tensor(cache, "images"), labels)

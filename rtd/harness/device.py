@@ -12,13 +12,13 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def pick_device(name, deterministic=False, local_rank=None):
+def pick_device(name, deterministic=False, local_rank=None, processes=None):
     """The torch.device for ``--device``; auto takes CUDA, then MPS, then the CPU.
 
     deterministic: torch may use only algorithms that give the same bits each time, in the whole
     process; on CPUs all that are used here do anyway. local_rank: the number of this process on its
-    machine, and of the GPU that it takes, if torchrun started it. Raises InputError for a device
-    that cannot be used.
+    machine, and of the GPU that it takes, if torchrun started it and others, ``processes`` in all.
+    Raises InputError for a device that cannot be used.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
@@ -37,7 +37,7 @@ def pick_device(name, deterministic=False, local_rank=None):
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.benchmark = not deterministic  # the fastest convolution of each shape
     if name == "cuda" and not alone:
-        if int(local_rank) >= (gpus := torch.cuda.device_count()):
+        if int(processes or 1) > (gpus := torch.cuda.device_count()):
             raise InputError(f"torchrun: --nproc-per-node must be at most {gpus}, the GPUs here")
         name = f"cuda:{local_rank}"
         torch.cuda.set_device(name)

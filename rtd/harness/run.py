@@ -83,7 +83,8 @@ class Run:
         self.config["identity"] = self.identity
         self.config["device"] += f", {world.size} processes" * (world.size > 1)
         self._saved, self._cost = time.monotonic(), 0.0  # when, and how many seconds it took
-        self._changed = False  # whether config.json has other flags
+        self._changed = False  # whether config.json is to be written anew
+        self._idle = False  # whether this session continues a run and has computed nothing yet
         world.in_main(lambda: self._open(products, may_change, map(path_of, read)))
 
     def _open(self, products, may_change, read):
@@ -112,8 +113,10 @@ class Run:
             before, flags = files.read_json(config), self.config["flags"]
             self._check(config, before)
             with files.reading(config, "of a run"):
-                session = {key: before[key] for key in ("command", "commit", "started")}
+                keys = "command", "commit", "device", "started"
+                session = {key: before[key] for key in keys}
                 self.config["earlier"] = [*before.get("earlier", []), session]
+                self._idle = True
                 self._changed = any(before["flags"].get(name) != flags[name] for name in may_change)
         old = []
         for pattern in products if args.overwrite else ():
@@ -131,13 +134,13 @@ class Run:
             path.unlink(missing_ok=True)
         if not continued:
             self._changed = True
-            self.keep_flags()
+            self.keep_config()
         self.say(f"run folder: {folder}")
         if shutil.disk_usage(folder).free < 2**30:
             self.say(f"note: less than 1 GB is free on the disk of {folder}")
 
-    def keep_flags(self):
-        """Write config.json anew if flags changed: once something was done, none is refused."""
+    def keep_config(self):
+        """Write config.json anew if need be: once something was done, no flag is refused."""
         if self._changed:  # in the main process alone, which opened the folder
             with files.atomic_write(self.folder / "config.json", "w") as file:
                 file.write(json.dumps(self.config, indent=2) + "\n")
@@ -168,6 +171,9 @@ class Run:
             files.save_state(path, kind, contents)
             self._saved = time.monotonic()
             self._cost = self._saved - began
+            if self._idle:  # what the folder holds is now of this session too
+                self._idle, self._changed = False, True
+                self.keep_config()
 
     def save_is_due(self, done, last):
         """Whether to save after ``done`` of ``last`` epochs.
@@ -231,7 +237,7 @@ class Run:
         """Write ``rows`` as the CSV file ``name`` of this run."""
         if self.world.is_main:
             files.write_csv(self.folder / name, columns, rows)
-            self.keep_flags()
+            self.keep_config()
 
     def concatenate(self, name, columns, parts):
         """Write those of the tables ``parts`` that exist yet as one, ``name``; returns its rows."""

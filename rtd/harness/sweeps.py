@@ -49,11 +49,10 @@ def run(args, planned, device, world, do, products, title):
     names = [name for name in varied(args) if name != "seed"]
     # what varied may get more values when a sweep is continued, but names of folders stay
     same = {"flags that vary": varied(args)}
-    old = []
-    if args.overwrite:  # old runs go now, lest one that is not done anew be taken for done
-        there = [one.out for one in planned if (one.out / "config.json").exists()]
-        world.in_main(lambda: [lock(run / ".lock", f"--out {run}") for run in there])
-        old = [f"{run.name}/{file}" for run in there for file in (*products, "config.json")]
+    # old runs go now, lest one that is not done anew be taken for done
+    there = [one.out for one in planned if args.overwrite and (one.out / "config.json").exists()]
+    world.in_main(lambda: [lock(folder / ".lock", f"--out {folder}") for folder in there])
+    old = [f"{folder.name}/{file}" for folder in there for file in (*products, "config.json")]
     may_change = ("epochs", *varied(args))
     sweep = Run(args, device, world, (*PRODUCTS, *old), may_change, same, [args.teacher])
 
@@ -76,7 +75,7 @@ def run(args, planned, device, world, do, products, title):
 
     def do_one(one, run):
         do(one, device, run.world)
-        sweep.keep_flags()
+        sweep.keep_config()
 
     sweep.for_each(planned, do_one, finish=finish)
 

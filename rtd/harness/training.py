@@ -221,10 +221,14 @@ class SupervisedTraining(Training):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(done - 1, args.epochs, args.lr)
             with self.saving(save):
-                self.run_epoch(done)
-                found = evaluate(self.classifier, data.test, data, args.precision, self.world)
-            self.accuracies.append(found[0])
-            self.seconds += time.perf_counter() - began
+                try:
+                    self.run_epoch(done)
+                    accuracy, _ = evaluate(
+                        self.classifier, data.test, data, args.precision, self.world
+                    )
+                finally:  # also of an epoch that is stopped
+                    self.seconds += time.perf_counter() - began
+            self.accuracies.append(accuracy)
             yield done
             if self.run.save_is_due(done, args.epochs):
                 save()
