@@ -8,9 +8,9 @@
     python results/reproduce.py --redraw                              # draw the pictures anew
 
 A row's commands are the scripts' own command lines. They write into runs/reproduce/ROW-SCALE/;
-their CSVs, config.json and pictures are then copied into results/ROW/SCALE/, from which
-results/README.md and the table in README.md are written. A command that was stopped continues
-when its row is asked for again.
+their CSVs and config.json are then copied into results/ROW/SCALE/, from which the pictures are
+drawn and results/README.md and the table in README.md are written. A command that was stopped
+continues when its row is asked for again.
 """
 
 import argparse
@@ -55,9 +55,8 @@ def run(name, scale, args):
     data = shlex.quote(os.path.relpath(args.data_dir, ROOT))  # the commands run there
     for command in commands(name, scale, data):
         words = shlex.split(command)
-        draws = "--plot-only" in words
-        words.append("--overwrite" if draws or words[0] == "run_probe.py" else "--resume")
-        words += ["--device", args.device] if args.device and not draws else []
+        words.append("--overwrite" if words[0] == "run_probe.py" else "--resume")
+        words += ["--device", args.device] if args.device else []
         (ROOT / words[words.index("--out") + 1]).parent.mkdir(parents=True, exist_ok=True)
         print(f"\n$ python {shlex.join(words)}", flush=True)
         with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
@@ -71,19 +70,18 @@ def run(name, scale, args):
 
 
 def collect(name, scale, folder):
-    """Copy CSVs, config.json and pictures of a row's runs into results/. Returns how many runs."""
+    """Copy CSVs and config.json of a row's runs into results/. Returns how many runs."""
     runs = re.findall(r"--out runs/reproduce/[^\s/]+/([^\s/]+)", " ".join(commands(name, scale)))
     found = {part: folder / part for part in runs if (folder / part).is_dir()}
-    drawn = [path for row in ROWS for path in pictures(row, scale)]
     for part, source in found.items():
         target = RESULTS / name / scale / part
         shutil.rmtree(target, ignore_errors=True)
         for path in source.rglob("*.*"):
             inside = path.relative_to(source)
-            to, detail = target / inside, {"chains", "lines"} & set(inside.parts)
-            if path.name == "config.json" or to in drawn or (path.suffix == ".csv" and not detail):
-                to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, to)
+            detail = {"chains", "lines"} & set(inside.parts)
+            if path.name == "config.json" or (path.suffix == ".csv" and not detail):
+                (target / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / inside)
     return len(found)
 
 
@@ -230,25 +228,27 @@ def write_pages():
 # ---------------------------------------------------------------------------------------- drawing
 
 
-def redraw():
-    """Draw the pictures of results/ anew from the CSVs and config.json beside them."""
+def redraw(names):
+    """Draw the pictures of these rows from the CSVs and config.json beside them."""
     sys.path.insert(0, str(ROOT))
     from rtd import plots
     from rtd.harness import console, files, run, sweeps
     from run_distill import title
     from run_landscape import panel
 
-    listed = {path: (name, s) for name in ROWS for s in SCALES for path in pictures(name, s)}
+    listed = {path: (name, s) for name in names for s in SCALES for path in pictures(name, s)}
     for path, (name, scale) in listed.items():
-        if not path.parent.is_dir():
+        folder = path.parent
+        if not any(folder.rglob("*.csv")):
             continue
-        folder = path.parent if any(path.parent.rglob("*.csv")) else path.parent.parent  # Fig. 5
         flags = config(folder)["flags"]
         if path.stem in ("imp", "lmc"):
-            tables = sorted(folder.rglob(f"{path.stem}.csv"))  # Fig. 8: of several runs
+            tables = sorted(folder.rglob(f"{path.stem}.csv"))  # of several runs
             rows = [row for table in tables for row in files.read_csv(table)]
             encoder = re.search(r"resnet\d+", " ".join(commands(name, scale)))[0]
-            drawn = [rows, f"{encoder} on {flags['dataset']}, seed {flags['seed']}"]
+            seeds = sorted({str(config(table.parent)["flags"]["seed"]) for table in tables})
+            word = "seeds" if len(seeds) > 1 else "seed"
+            drawn = [rows, f"{encoder} on {flags['dataset']}, {word} {', '.join(seeds)}"]
         elif "plane" in flags:
             drawn = [[panel(table.parent) for table in sorted(folder.rglob("landscape.csv"))]]
         else:
@@ -301,7 +301,8 @@ def parse_args():
 
 def main(args):
     for name in args.rows:
-        for row in [name] if args.collect else in_order(name, args.scale):
+        rows = [name] if args.collect else in_order(name, args.scale)
+        for row in rows:
             if not args.collect:
                 run(row, args.scale, args)
             folder = args.collect or ROOT / f"runs/reproduce/{row}-{args.scale}"
@@ -309,8 +310,9 @@ def main(args):
             if not count and args.collect and commands(row, args.scale):
                 sys.exit(f"--collect {folder}: it holds no run of {row} at scale {args.scale}")
             print(f"results/{row}/{args.scale}: {count} run folders copied")
+        redraw(rows)
     if args.redraw:
-        redraw()
+        redraw(ROWS)
     if args.rows or args.page:
         write_pages()
     elif not args.redraw:
