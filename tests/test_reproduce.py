@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, SCRIPTS
@@ -23,9 +24,11 @@ def clone(tmp_path):
 
 @pytest.fixture
 def idle(clone):
-    """A clone whose scripts do nothing."""
-    for script in SCRIPTS:
-        (clone / f"run_{script}.py").write_text("")
+    """A clone without results, whose scripts do nothing."""
+    for script in clone.glob("run_*.py"):
+        script.write_text(f'if __name__ == "__main__":\n    raise SystemExit\n{script.read_text()}')
+    for row in filter(Path.is_dir, clone.glob("results/*")):
+        shutil.rmtree(row)
     return clone
 
 
