@@ -91,13 +91,13 @@ def main(args, device, world):
     specs = {"--origin": args.origin, "--x-axis": args.x_axis, "--y-axis": args.y_axis}
     origin, states, names = load_networks(specs, device)
     source = origin["data"]
+    if source["name"] not in LABELLED:
+        raise InputError(f"--origin {args.origin}: {source['name']} has no test images")
     args.dataset, args.encoder = args.dataset or source["name"], origin["model"]["encoder"]
     if args.dataset != source["name"]:
         raise InputError(f"--dataset {args.dataset}: give the networks' own, {source['name']}")
-    if args.dataset not in LABELLED:
-        raise InputError(f"--origin {args.origin}: {args.dataset} has no test images")
-    data = cli.load_data(args, world).with_normalization(source)
     check_model(f"--origin {args.origin}", origin["model"], vars(args))  # with its --image-size
+    data = cli.load_data(args, world).with_normalization(source)
     # the second only lends its modules to the weights of each point
     teacher, network = (load_network(origin, which, device) for which in ("teacher", "student"))
     parameters = [name for name, _ in network.named_parameters()]

@@ -55,10 +55,10 @@ def parse_args(argv=None):
 def main(args, device, world):
     # all, before anything is computed
     loaded = [(path, load_checkpoint(path)) for path in args.checkpoints]
-    args.lock = world.in_main(lambda: lock_table(args))  # it is held as long as this lives
-    data = cli.load_data(args, world)
     for path, contents in loaded:
         check_model(path, contents["model"], vars(args))  # of which --image-size is a model's
+    args.lock = world.in_main(lambda: lock_table(args))  # it is held as long as this lives
+    data = cli.load_data(args, world)
     cli.note_steps(args, data, world)
     data, rows, pixels = data.to(device), [], {}  # pixels: their accuracies by normalisation
     replaces = args.out.exists()  # a table, which stands until the new one is whole

@@ -9,6 +9,7 @@ from machine to machine better than seconds do.
 """
 
 import argparse
+import copy
 import multiprocessing
 import os
 import platform
@@ -16,7 +17,6 @@ import resource
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,8 +66,7 @@ def medians(rows, rounds, device):
         for name, function in rows.items():
             began = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            getattr(torch, device.type).synchronize()  # a GPU still works when the call returns
             if turn > 0:
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -262,7 +261,7 @@ def bench_imp(args, device):
             weights = pruning.prunable(classifier)
             masks = pruning.dense_masks(weights)
             masks = pruning.prune_smallest(masks, weights, pruning.remaining(masks) // 2)
-            loss.after_step = partial(pruning.apply_masks_, weights, masks)
+            loss.pruned = weights, masks
         training = Training(loss, sgd(classifier, flags.lr), (0,), run, name)
         rows[name] = lambda to=training: to.run_epoch(to.epoch + 1)
     seconds = medians(rows, args.rounds, device)
@@ -273,10 +272,7 @@ def bench_landscape(args, device):
     """A point of a landscape without probes, against a forward pass over the same images."""
     data = random_data(7 * args.batch_size, args.batch_size, device)
     teacher, student = teacher_and_student(args, device)
-    states = [
-        {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        for network in (teacher, student)
-    ]
+    states = [copy.deepcopy(network.state_dict()) for network in (teacher, student)]
     states.append({k: -x if x.is_floating_point() else x for k, x in states[0].items()})
     plane = Plane(states, [name for name, _ in student.named_parameters()])
     landscape = Landscape(teacher, data, batch_size=args.batch_size)

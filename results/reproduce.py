@@ -50,21 +50,21 @@ def hours(name, scale):
     return float(amount) * (VGG11 if unit == "V" else 1)
 
 
-def run(name, scale, args):
+def run(name, args):
     """Run a row's commands in turn; one that fails ends everything with its exit code."""
     data = shlex.quote(os.path.relpath(args.data_dir, ROOT))  # the commands run there
-    for command in commands(name, scale, data):
+    for command in commands(name, args.scale, data):
         words = shlex.split(command)
         words.append("--overwrite" if words[0] == "run_probe.py" else "--resume")
         words += ["--device", args.device] if args.device else []
         (ROOT / words[words.index("--out") + 1]).parent.mkdir(parents=True, exist_ok=True)
         print(f"\n$ python {shlex.join(words)}", flush=True)
         with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
-            signal.signal(signal.SIGTERM, lambda *_, to=process: to.terminate())
+            signal.signal(signal.SIGTERM, lambda *_, to=process: sys.exit(to.terminate() or 143))
             try:
                 code = process.wait()
             except KeyboardInterrupt:  # the script was told too; it saves before it ends
-                code = process.wait()
+                code = process.wait() or 130
         if code:
             sys.exit(code if code > 0 else 128 - code)
 
@@ -72,7 +72,7 @@ def run(name, scale, args):
 def collect(name, scale, folder):
     """Copy CSVs and config.json of a row's runs into results/. Returns how many runs."""
     runs = re.findall(r"--out runs/reproduce/[^\s/]+/([^\s/]+)", " ".join(commands(name, scale)))
-    found = {part: folder / part for part in runs if (folder / part).is_dir()}
+    found = {part: folder / part for part in runs if [*(folder / part).rglob("*.csv")]}
     for part, source in found.items():
         target = RESULTS / name / scale / part
         shutil.rmtree(target, ignore_errors=True)
@@ -93,13 +93,12 @@ def filled(template, table):
 
     def look_up(match):
         pattern, _, which = match[1].partition("|")
-        found = []
         for label, paper, ours in table:
             if fnmatchcase(ours[0].label if ours else label, pattern.replace("[", "[[]")):
-                best = ours[0].best if ours else ""
-                mine = str(ours[0]) if ours else ""
-                found.append({"paper": paper, "best": best}.get(which, mine))
-        return next(filter(None, found), "not run")
+                mine, best = (str(ours[0]), ours[0].best) if ours else ("", "")
+                if found := {"paper": paper, "best": best}.get(which, mine):
+                    return found
+        return "not run"
 
     return re.sub(r"\{([^{}]+)\}", look_up, template)
 
@@ -236,6 +235,7 @@ def redraw(names):
     from run_distill import title
     from run_landscape import panel
 
+    plots.KINDS["longer student"] = plots.GREEN
     listed = {path: (name, s) for name in names for s in SCALES for path in pictures(name, s)}
     for path, (name, scale) in listed.items():
         folder = path.parent
@@ -243,8 +243,10 @@ def redraw(names):
             continue
         flags = config(folder)["flags"]
         if path.stem in ("imp", "lmc"):
-            tables = sorted(folder.rglob(f"{path.stem}.csv"))  # of several runs
-            rows = [row for table in tables for row in files.read_csv(table)]
+            tables, rows = sorted(folder.rglob(f"{path.stem}.csv")), []  # of several runs
+            for table in tables:
+                of = ":longer " if "-longer" in f"{table}" else ":"  # what a student is called
+                rows += [r | {"init": r["init"].replace(":", of)} for r in files.read_csv(table)]
             encoder = re.search(r"resnet\d+", " ".join(commands(name, scale)))[0]
             seeds = sorted({str(config(table.parent)["flags"]["seed"]) for table in tables})
             word = "seeds" if len(seeds) > 1 else "seed"
@@ -283,7 +285,7 @@ def parse_args():
     add("--scale", choices=SCALES, default="small", help="size of the runs (default: small)")
     add("--data-dir", default="data", help="folder of the data sets (default: data)")
     add("--device", help="device of every command; by default each takes a GPU where there is one")
-    add("--collect", type=Path, metavar="DIR", help="folder of runs to copy from, running nothing")
+    add("--collect", type=Path, metavar="DIR", help="copy a row's runs from DIR and run nothing")
     add("--page", action="store_true", help="write the two pages anew and run nothing")
     add("--redraw", action="store_true", help="draw the pictures of results/ anew and run nothing")
     args = parser.parse_args()
@@ -293,24 +295,26 @@ def parse_args():
         parser.error(f"--collect {args.collect} is where it copies to; give the folder of the runs")
     if args.rows and not args.collect and (args.page or args.redraw):
         parser.error("--page and --redraw run nothing; leave out the rows")
-    if args.collect and not args.rows:
-        parser.error("--collect: name the rows to copy, or all")
+    if args.collect and (len(args.rows) != 1 or "all" in args.rows):
+        parser.error("--collect: name one of the rows, the one whose runs the folder holds")
     args.rows = ROWS if "all" in args.rows else args.rows
     return args
 
 
 def main(args):
-    for name in args.rows:
-        rows = [name] if args.collect else in_order(name, args.scale)
-        for row in rows:
-            if not args.collect:
-                run(row, args.scale, args)
-            folder = args.collect or ROOT / f"runs/reproduce/{row}-{args.scale}"
-            count = collect(row, args.scale, folder)
-            if not count and args.collect and commands(row, args.scale):
-                sys.exit(f"--collect {folder}: it holds no run of {row} at scale {args.scale}")
-            print(f"results/{row}/{args.scale}: {count} run folders copied")
-        redraw(rows)
+    rows = args.rows
+    if not args.collect:  # each once, after those whose runs it reads
+        rows = dict.fromkeys(row for name in rows for row in in_order(name, args.scale))
+    for row in rows:
+        if not args.collect:
+            run(row, args)
+        folder = args.collect or ROOT / f"runs/reproduce/{row}-{args.scale}"
+        count = collect(row, args.scale, folder)
+        if not count and args.collect:
+            sys.exit(f"--collect {folder}: it holds no run of {row} at scale {args.scale}")
+        said = f"{count} run folders copied" if commands(row, args.scale) else "no runs of its own"
+        print(f"results/{row}/{args.scale}: {said}")
+        redraw([row])
     if args.redraw:
         redraw(ROWS)
     if args.rows or args.page:

@@ -278,6 +278,24 @@ def before_each(monkeypatch, owner, name, action):
     monkeypatch.setattr(owner, name, called)
 
 
+def test_runs_are_saved_and_torch_is_deterministic_as_asked(script, tmp_path, monkeypatch):
+    saved, deterministic = [], []
+
+    def replace(temporary, path):
+        if Path(path).name == "checkpoint.pt":
+            saved.append(helpers.state(temporary)["epoch"])
+
+    before_each(monkeypatch, os, "replace", replace)
+    enabled = torch.are_deterministic_algorithms_enabled
+    before_each(monkeypatch, torch.optim.AdamW, "step", lambda *_: deterministic.append(enabled()))
+    flags = "--probe none --epochs 5 --save-every 2 --deterministic --out"
+    try:
+        assert script("distill", TINY, flags, tmp_path).code == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert saved == [0, 2, 4, 5] and deterministic == [True] * 15
+
+
 def full():
     raise OSError(errno.ENOSPC, "No space left on device")
 

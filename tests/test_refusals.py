@@ -118,7 +118,8 @@ landscape! --plot-only {landscape} --k 3 --out x.png  | --plot-only --k
 landscape! --plot-only {landscape} --out file         | file --overwrite
 landscape! --plot-only {landscape} --out no/x.png     | no/x.png folder
 landscape! --plot-only {landscape} --out /proc/x.png  | /proc/x.png
-landscape! --x-axis {noise}/best.pt:student --y-axis {noise}/best.pt:teacher | --origin noise test
+landscape! --x-axis {noise}/best.pt:student --y-axis {noise}/best.pt:teacher --dataset digits \
+                                                      | --origin noise test
 landscape --dataset cifar10 --data-dir other          | --dataset
 """
 BASE = {name: case.flags for name, case in CASES.items()} | {"probe": f"{DATA} --k 5"}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from helpers import CASES, DATA, ROOT, SCRIPTS, SUPERVISED, TINY, difference, state, table, well
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 
 import rtd
 from rtd import models
@@ -53,6 +54,7 @@ def test_config_says_how_to_make_the_run_again(finished, name):
     assert config["flags"]["test_subset"] == 30 and config["flags"]["seed"] == 0
     assert torch.__version__.startswith(config["versions"]["torch"])
     assert config["device"].startswith("cpu, 1 thread, ") and {"commit", "started"} <= {*config}
+    assert not [*finished[name].glob("*.png")]  # --no-plot
 
 
 # run_distill.py
@@ -74,14 +76,16 @@ def part(states, prefix):
 
 
 def watch_steps(monkeypatch, kind=torch.optim.SGD):
-    """A list to which each step of such an optimizer adds itself and its weights, as a vector."""
+    """A list to which each step of such an optimizer adds itself, its rate, and its weights."""
     steps, plain = [], kind.step
 
     def step(optimizer, *arguments):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         before = vector(parameters)
         plain(optimizer, *arguments)
-        steps.append(SimpleNamespace(optimizer=optimizer, before=before, after=vector(parameters)))
+        lr = optimizer.param_groups[0]["lr"]
+        one = {"optimizer": optimizer, "lr": lr, "before": before, "after": vector(parameters)}
+        steps.append(SimpleNamespace(**one))
 
     monkeypatch.setattr(kind, "step", step)
     return steps
@@ -214,16 +218,11 @@ def test_lower_precision_begins_in_float32(script, finished, tmp_path, monkeypat
 
 def test_images_of_an_epoch_and_of_the_probes_are_chosen(script, finished, tmp_path):
     """Fig. 4: int(3 * 20 / 10) epochs of 10 images of noise, all probes on the same 40 digits."""
-    flags = "--dataset noise --subset 10 --epochs 3 --epochs-of 20 --batch-size 5 --probe-every 3"
-    rows = log(script, tmp_path, flags, "--probe-dataset digits --probe-subset 40 --probe knn")
+    flags = "--dataset noise --subset 10 --epochs-of 20 --batch-size 5 --probe-every 3"
+    flags += " --probe-dataset digits --probe-subset 40 --probe knn --epochs"
+    rows = log(script, tmp_path, flags, 3)
     assert [row["step"] for row in rows] == [2 * epoch for epoch in range(7)]
-    result = script(
-        "distill",
-        TINY,
-        flags,
-        "--epochs 1 --resume --probe knn --probe-dataset digits --probe-subset 40 --out",
-        tmp_path,
-    )
+    result = script("distill", TINY, flags, 1, "--resume --out", tmp_path)
     assert helpers.one_sentence(result, "--epochs", "epoch 6", "2 are too few") == ""
     assert {row["epoch"] for row in rows if row["student_knn"] is not None} == {0, 6}
     assert json.loads((tmp_path / "config.json").read_text())["flags"]["epochs"] == 3
@@ -290,6 +289,15 @@ def test_sweeps_are_named_summed_up_and_drawn(script, tmp_path, flags):
 # run_probe.py
 
 
+def test_folders_and_files_have_names_by_default(script, tmp_path, monkeypatch):
+    flags, run = TINY.replace("--no-plot", "--plot-format svg pdf"), "runs/distill-digits-resnet20"
+    monkeypatch.chdir(tmp_path)
+    well(script("distill", flags, "--epochs 0 --probe none"))
+    well(script("probe", f"{run}/checkpoint.pt", DATA, "--k 5 --probe knn"))
+    for name in ("log.csv", "curves.svg", "curves.pdf", "probe-digits.csv"):
+        assert (tmp_path / run / name).exists()
+
+
 def test_probing_reproduces_the_log(script, finished, tmp_path):
     paths = [finished["distill"] / name for name in ("checkpoint.pt", "best.pt")]
     result = well(script("probe", paths, DATA, "--k 5 --out", tmp_path / "probe.csv"))
@@ -302,6 +310,20 @@ def test_probing_reproduces_the_log(script, finished, tmp_path):
         for probe in ("linear", "knn"):
             assert row[probe] == logged[f"{name}_{probe}"]
     assert len({row["sha256"] for row in rows}) == 2 and "+-" in result.out
+
+
+def test_pixels_are_probed_as_scikit_learn_does(script, finished, tmp_path, monkeypatch):
+    path = finished["elsewhere"] / "checkpoint.pt"
+    images = helpers.image_folder(tmp_path / "images", train=60, test=40)
+    steps = watch_steps(monkeypatch, torch.optim.AdamW)
+    flags = f"--dataset folder --data-dir {images} --network input --k 3 --probe-epochs 4"
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}.csv"
+        well(script("probe", path, flags, f"--device cpu --seed {seed} --out", out))
+    (x, y), (u, v) = (read_images(images / s, state(path)["data"]) for s in ("train", "test"))
+    knn = KNeighborsClassifier(3).fit(x.flatten(1), y).score(u.flatten(1), v)
+    assert table(tmp_path / "0.csv")[0]["knn"] == pytest.approx(100 * knn)
+    assert len(steps) == 8 and not torch.equal(steps[0].before, steps[4].before)
 
 
 def test_transfer_uses_the_sources_normalisation(script, finished, tmp_path):
@@ -356,6 +378,17 @@ def test_each_round_starts_at_mask_times_rewind_weights(script, tmp_path, monkey
     assert torch.equal(kept[may], vector(masks.values()) == 1) and len(steps) == 9 + 2 * again
 
 
+def test_a_round_that_prunes_nothing_repeats_the_first(script, tmp_path, monkeypatch):
+    """Weights, momentum, schedule, batches and augmentation are those of the first, to the bit."""
+    steps = watch_steps(monkeypatch)
+    flags = "--epochs 4 --rounds 1 --prune-fraction 1e-9 --rewind-epoch 1 --out"
+    well(script("imp", SUPERVISED, flags, tmp_path))
+    first, again = steps[3:12], steps[12:]
+    assert [one.lr for one in steps[:12]] == pytest.approx([0.1] * 6 + [0.01] * 3 + [0.001] * 3)
+    for a, b in zip(first, again, strict=True):
+        assert a.lr == b.lr and torch.equal(a.after, b.after)
+
+
 def test_pruned_are_the_smallest_of_the_trained_weights(script, tmp_path, monkeypatch):
     steps = watch_steps(monkeypatch)
     flags = f"{SUPERVISED} --epochs 1 --rounds 1 --prune all --prune-fraction 0.5 --out {tmp_path}"
@@ -400,8 +433,10 @@ def test_starts_are_recorded_and_drawn(script, finished, tmp_path):
         config = (out / "config.json").read_text()
         assert all(json.dumps(start) in config for start in starts[:2])
         assert hashlib.sha256(path.read_bytes()).hexdigest() in config
-    begin = state(tmp_path / "imp" / "chains" / "init0-rewind0.pt")["rewind"]["classifier"]
-    assert difference(part(begin, "encoder."), part(state(path)["student"], "encoder.")) == ""
+    chains = [state(tmp_path / "imp" / "chains" / f"init{i}-rewind0.pt") for i in range(4)]
+    student, _, one, two = (part(chain["rewind"]["classifier"], "encoder.") for chain in chains)
+    assert difference(student, part(state(path)["student"], "encoder.")) == ""
+    assert not torch.equal(weights(one), weights(two))  # random and random:1
 
 
 # run_lmc.py
@@ -411,7 +446,8 @@ def pairs_of(rows, **wanted):
     return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
 
 
-def test_lines_are_not_walked_anew_for_another_order_of_the_treatments(script, finished, tmp_path):
+def test_only_lines_are_walked_anew_that_must_be(script, finished, tmp_path, monkeypatch):
+    """Not for another order of the treatments; and --runs trains only runs that are not there."""
     run = shutil.copytree(finished["lmc"], tmp_path / "run")
     states, rows = [helpers.snapshot(run / "lines")], table(run / "lmc.csv")
     flags = CASES["lmc"].flags.replace("recompute interpolate", "interpolate recompute")
@@ -419,6 +455,13 @@ def test_lines_are_not_walked_anew_for_another_order_of_the_treatments(script, f
     states.append(helpers.snapshot(run / "lines"))
     first, second = ({k: v for k, v in one.items() if k.endswith(".pt")} for one in states)
     assert first and first == second and table(run / "lmc.csv") == rows
+    assert all((row["train_error"] / 5).is_integer() for row in rows)  # of 20 images
+    steps, more = watch_steps(monkeypatch), finished.flags("lmc").replace("--runs 3", "--runs 4")
+    well(script("lmc", more, "--bn-batches 1 --resume --out", run))
+    assert len(steps) == 6  # of the fourth run
+    old = [row for row in table(run / "lmc.csv") if row["j"] < 3]
+    changed = {a["bn"] for a, b in zip(old, rows, strict=True) if a != b}
+    assert changed == {"recompute"}
 
 
 def test_barriers_are_the_rise_over_the_mean_of_the_ends(finished):
@@ -446,14 +489,27 @@ def read_images(folder, data):
     return (images.permute(0, 3, 1, 2) / 255 - mean) / std, labels
 
 
-def test_runs_share_their_start_and_a_point_mixes_its_ends(script, tmp_path, monkeypatch):
+@torch.no_grad()
+def plain_average(encoder, images):
+    """Batch norm's statistics become those of the images."""
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    encoder.train()(images)
+    encoder.eval()
+
+
+def test_runs_share_their_start_and_a_point_mixes_its_ends(script, finished, tmp_path, monkeypatch):
     """Written out with torch alone: weights by lerp, batch norm's statistics interpolated, or plain
     averages over the training images without augmentation; both splits. Each run has two steps.
+    The start is a student of other images, whose normalisation it keeps.
     """
     steps = watch_steps(monkeypatch)
     images = helpers.image_folder(tmp_path / "images", train=16)
     flags = f"{SUPERVISED} --dataset folder --data-dir {images} --subset 16 --test-subset 8"
     flags += " --epochs 2 --runs 2 --points 5 --bn-statistics recompute interpolate"
+    flags += f" --init {finished['a']}/checkpoint.pt:student"
     well(script("lmc", flags, "--out", tmp_path / "run"))
     assert len(steps) == 4 and torch.equal(steps[0].before, steps[2].before)
     assert not torch.equal(steps[0].after, steps[2].after), "the same images in the same way"
@@ -465,11 +521,7 @@ def test_runs_share_their_start_and_a_point_mixes_its_ends(script, tmp_path, mon
     splits = {name: read_images(images / name, saved[0]["data"]) for name in ("train", "test")}
     for bn in ("interpolate", "recompute"):
         if bn == "recompute":
-            for module in encoder.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.reset_running_stats()
-                    module.momentum = None  # a plain average
-            encoder.train()(splits["train"][0])
+            plain_average(encoder, splits["train"][0])
         (row,) = pairs_of(table(tmp_path / "run" / "lmc.csv"), bn=bn, gamma=0.25)
         for name, (x, labels) in splits.items():
             with torch.no_grad():
@@ -514,15 +566,19 @@ def test_the_plane_goes_through_the_three_networks(finished):
     assert points == [("theta_T", 0, 0), ("theta*_S(0.1)", 1, 0), ("theta*_S(1)", 0, 1)]
 
 
-@pytest.mark.parametrize("more", ["", "--encoder-only"])
-def test_the_loss_at_a_corner_is_that_of_its_network(script, finished, tmp_path, more):
+@pytest.mark.parametrize(
+    ("more", "bn"), [("", "interpolate"), ("--encoder-only", "interpolate"), ("", "recompute")]
+)
+def test_the_loss_at_a_corner_is_that_of_its_network(script, finished, tmp_path, more, bn):
     """KL of the teacher's and the student's softmaxed outputs, with and without the head."""
     path, images = finished["elsewhere"] / "checkpoint.pt", finished["images"]
     flags = [dict(helpers.readers(path))["landscape"], helpers.IMAGES.format(images=images), more]
-    flags.append("--probe none --bn-statistics interpolate --out")
+    flags.append(f"--probe none --bn-statistics {bn} --out")
     well(script("landscape", flags, tmp_path))
     (row,) = pairs_of(table(tmp_path / "landscape.csv"), x=1, y=0)
     both = [rtd.load_network(path, name) for name in ("teacher", "student")]
+    if bn == "recompute":
+        plain_average(both[1].encoder, read_images(images / "train", state(path)["data"])[0])
     for split in ("train", "test"):
         x, _ = read_images(images / split, state(path)["data"])
         with torch.no_grad():
@@ -579,11 +635,10 @@ def test_images_of_64_pixels_go_through_every_script(script, tmp_path):
         well(script(name, flags, "--image-size 64 --out", tmp_path / name))
 
 
-BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text())
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_readmes_python_runs(finished, tmp_path, monkeypatch, block):
+def test_the_readmes_python_runs(finished, tmp_path, monkeypatch):
+    (block,) = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text())
+    block, n = re.subn("# a trained one: ", "", block)
+    assert n == 1
     for path in re.findall(r"[\"']([^\"']+\.pt)[\"']", block):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(finished["distill"] / "best.pt", tmp_path / path)

@@ -35,7 +35,13 @@ def duration(seconds):
 
 
 def progress(items, description, unit="steps"):
-    """``items`` (a list) with tqdm's bar if stderr is a terminal, else with a line a minute."""
+    """``items`` (a list) with tqdm's bar if stderr is a terminal, else with a line a minute.
+
+    Of torchrun's processes, which work side by side, only the first says anything.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield from items
+        return
     if sys.stderr.isatty():
         with contextlib.suppress(ImportError):  # tqdm is an optional extra
             from tqdm import tqdm

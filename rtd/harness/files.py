@@ -53,7 +53,10 @@ def atomic_write(path, mode="wb"):
 
 @contextlib.contextmanager
 def reading(path, expected="what it should be"):
-    """Within the block, in which ``path`` is read, whatever goes wrong becomes one InputError."""
+    """Within the block, in which ``path`` is read, all that goes wrong becomes one InputError.
+
+    Too little memory does not.
+    """
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
