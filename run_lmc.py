@@ -71,9 +71,7 @@ def parse_args(argv=None):
     args.bn_statistics.sort(reverse=True)  # recompute first, in whatever order they are given
     for flag, least in (("runs", 2), ("points", 3)):
         if (given := getattr(args, flag)) < least:
-            parser.error(
-                f"--{flag} {given}: a barrier lies between two ends; give at least {least}"
-            )
+            parser.error(f"--{flag} {given}: a barrier has two ends; give at least {least}")
     return args
 
 

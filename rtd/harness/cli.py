@@ -189,7 +189,7 @@ def load_sources(args, world):
         flags = vars(args) | {"dataset": other, "subset": args.probe_subset}
         try:
             probed = load_data(argparse.Namespace(**flags), world, args.dataset)
-        except InputError as error:  # of --subset and --dataset
+        except InputError as error:  # which names --subset or --dataset
             error.args = (re.sub("--(subset|dataset)", r"--probe-\1", f"{error}"),)
             raise
     elif args.probe_subset:

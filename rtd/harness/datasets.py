@@ -133,10 +133,10 @@ def _published_split(data_dir, download, size, say, name, which):
     except (URLError, ConnectionError, TimeoutError) as error:
         raise InputError(f"--download: {source.url} cannot be fetched ({error})") from error
     except RuntimeError as error:  # which does not say which file
-        folder, way = Path(data_dir, source.base_folder), "--download fetches it"
+        folder = Path(data_dir, source.base_folder)
+        way = "try again" if download else "--download fetches it"
         raise InputError(
-            f"--data-dir {data_dir}: {folder} is missing, or not what {source.url} has; "
-            + ("try again" if download else way)
+            f"--data-dir {data_dir}: {folder} is missing, or not what {source.url} has; {way}"
         ) from error
     images, labels = torch.from_numpy(found.data), found.labels if stl10 else found.targets
     images = images if stl10 else images.permute(0, 3, 1, 2).contiguous()
