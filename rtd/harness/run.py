@@ -34,8 +34,9 @@ def lock(path, flag):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read().strip()
-        raise InputError(f"{flag} is in use by process {holder}; wait for its end") from None
+        pid = file.read().strip()  # nothing, if it has the lock for less than a moment
+        holder = f"process {pid}" if pid else "another process"
+        raise InputError(f"{flag} is in use by {holder}; wait for its end") from None
     except OSError:  # a file system that has no locks
         pass
     file.truncate(0)
