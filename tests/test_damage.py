@@ -255,7 +255,7 @@ def test_of_two_in_one_folder_one_is_refused(run_of, name):
     refused = results[0].code == 2
     assert one_sentence(results[not refused], f"--out {run.out}") == ""
     # the first may have been there for a moment only, or have written already
-    other = "by another process|holds a run; give --resume or --overwrite"
+    other = "by another process|--resume continues its run"
     assert re.search(f"by process {processes[refused].pid}|{other}", results[not refused].err)
     assert run.differs() == ""
     assert run.ends_wrong() == ""  # the lock went with its process
