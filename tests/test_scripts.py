@@ -131,6 +131,16 @@ def test_distances_and_best_epoch_are_those_of_the_saved_networks(finished):
     assert state(finished["distill"] / "best.pt")["epoch"] == best
 
 
+@pytest.mark.slow
+def test_the_student_overtakes_its_teacher(script, tmp_path):
+    """The paper's claim, on the digits: the features get worse at first, then better."""
+    flags = "--out-dim 4096 --batch-size 16 --lr 3e-4 --epochs 4 --probe linear --probe-epochs 100"
+    well(script("distill", flags, "--no-plot --out", tmp_path))
+    accuracies = [row["student_linear"] for row in table(tmp_path / "log.csv")]
+    teacher, first, *_, last = accuracies
+    assert first < teacher - 10 and last > teacher + 2, accuracies
+
+
 def test_probing_does_not_move_training(script, finished, tmp_path):
     log(script, tmp_path, "--epochs 4 --probe none")
     one, two = (state(f / "checkpoint.pt")["student"] for f in (finished["distill"], tmp_path))
