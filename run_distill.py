@@ -1,9 +1,9 @@
-"""Distil a student from a random teacher (paper section 3, App. A; Fig. 1, Table 1).
+"""Distil a student from a random teacher (sections 3 and 4, App. A; Fig. 1, Table 1).
 
 A network at random initialisation is frozen: the teacher. A student that starts next to it learns
 to reproduce its outputs, on images alone: no labels, no augmentation. Linear and k-NN probes then
 find the student's features much better than the teacher's. At first they are worse, with the
-defaults for up to 1,000 steps, with --no-weight-norm for up to 6,000: that is to be expected.
+defaults for up to 1,000 steps, with --no-weight-norm for up to 7,000, as is to be expected.
 
     # on scikit-learn's digits, with nothing to download
     python run_distill.py --out-dim 4096 --batch-size 16 --lr 3e-4 --epochs 6 --probe-epochs 100
@@ -16,11 +16,10 @@ Writes config.json, log.csv, checkpoint.pt, best.pt and curves.png into the fold
 a row an epoch: mean loss, KL and entropies of the outputs in nats, distances from the start, probes
 in percent, training's images per second, seconds since the start. The flags marked * take several
 values: each combination is a run in a folder of its own. summary.csv has mean and deviation over
-the seeds: of the probes in the final epoch and at best, of KL and distances in the final epoch.
+the seeds of the probes' final and best accuracies and of the final KL and distances.
 sweep.png and dynamics.png show them.
 """
 
-import argparse
 import copy
 import time
 from functools import partial
@@ -143,7 +142,7 @@ def distill(args, device, world):
     # The run: refused, begun in its folder, or continued from the checkpoint there.
     reads = fingerprints(data) | fingerprints(probed, " of the probes")
     run = Run(args, device, world, PRODUCTS, ["epochs"], images=reads, networks=[args.teacher])
-    run.args = args = count_epochs(args, run, data)  # only now: Run compares flags as given
+    run.args = args = epochs_as_passes(args, run, data)  # only now: Run compares flags as given
     teacher.to(device), student.to(device)
     history = {"rows": [], "best": -1, "seconds": 0}
     if saved := run.load("checkpoint.pt", "log.csv", "checkpoint"):
@@ -168,17 +167,18 @@ def distill(args, device, world):
         training.load_state(history["training"])
         run.say(f"resumed after step {training.step}")
     cli.note_steps(args, probed, world)
-    networks = {"student": student.state_dict(), "teacher": teacher.state_dict()}  # not copies
-    networks |= {"student_init": student_init, "model": model, "data": data.source}
-    train(training, teacher, probed, networks, history)
+    contents = {"student": student.state_dict(), "teacher": teacher.state_dict()}  # not copies
+    contents |= {"student_init": student_init, "model": model, "data": data.source}
+    train(training, teacher, probed, contents, history)
     report(run, rows)
 
 
-def train(training, teacher, probed, networks, history):
+def train(training, teacher, probed, contents, history):
     """Train and probe what is left of all epochs, log each, keep the best student, save.
 
-    networks: what a checkpoint holds of them, the tensors that are trained. history: of earlier
-    sessions the rows of log.csv, to which new ones are added, the best accuracy and the seconds.
+    contents: what a checkpoint holds of the run; its networks are the tensors that are trained.
+    history: the rows of log.csv, the best accuracy and the seconds of earlier sessions; new rows
+    are added to it.
     """
     run, args, student, rows = training.run, training.args, training.loss.student, history["rows"]
     began = time.perf_counter() - history["seconds"]  # as if there had been one session
@@ -187,7 +187,7 @@ def train(training, teacher, probed, networks, history):
 
     def checkpoint():
         """The networks as they are and how far training went."""
-        return networks | {"epoch": len(rows) - 1, "step": training.step, "config": run.config}
+        return contents | {"epoch": len(rows) - 1, "step": training.step, "config": run.config}
 
     def save():
         """best.pt, if there is a better one, and checkpoint.pt, also in the middle of an epoch."""
@@ -203,12 +203,13 @@ def train(training, teacher, probed, networks, history):
     def log(epoch, row):
         """Log the row of an epoch; keep the best student; save where it is due."""
         row |= {"epoch": epoch, "step": training.step, "seconds": time.perf_counter() - began}
-        rows.append(row | {"images_per_second": training.images_per_second})
+        row["images_per_second"] = training.images_per_second
+        rows.append(row)
         accuracy = row[f"student_{args.probe[0]}"] if args.probe else None  # the first decides
         if epoch and accuracy is not None and accuracy > history["best"]:
             history["best"] = accuracy
-            better[:] = [checkpoint() | copy.deepcopy({name: networks[name] for name in moving})]
-        run.say(f"epoch {epoch}/{args.epochs}: {in_words(rows[-1])}")
+            better[:] = [checkpoint() | copy.deepcopy({name: contents[name] for name in moving})]
+        run.say(f"epoch {epoch}/{args.epochs}: {in_words(row)}")
         if epoch and not row["distance_total"]:
             run.say("note: the student has not moved; give an --alpha above 0")
         try:
@@ -226,7 +227,7 @@ def train(training, teacher, probed, networks, history):
             known = rows[0] if epoch else {}
             row = {c: None if c.startswith(moving) else known.get(c) for c in COLUMNS}
             row |= LastLayerLoss(*means)._asdict()
-            row |= norms(student, networks["student_init"], "distance")
+            row |= norms(student, contents["student_init"], "distance")
             if args.probe and (epoch % args.probe_every == 0 or epoch == args.epochs):
                 for name in moving if epoch else encoders:  # what does not move, only once
                     found = probe_encoder(encoders[name], probed, args, run.world)
@@ -246,21 +247,23 @@ def make_target(teacher, data, run):
     return FrozenTeacher(teacher, run.world.map_rows(answer, data.train.images))
 
 
-def count_epochs(args, run, data):
-    """The flags with epochs of --epochs-of images turned into epochs of the data set."""
+def epochs_as_passes(args, run, data):
+    """The flags, with counts of epochs of --epochs-of images as counts of passes over the data."""
     if not args.epochs_of:
         return args
-    flags, images = vars(args).copy(), len(data.train)
+    args = copy.copy(args)
+    flags, images = vars(args), len(data.train)
     for name in ("epochs", "probe_every", "save_every"):
         flags[name] = flags[name] and max(1, flags[name] * args.epochs_of // images)
-    run.say(f"--epochs-of {args.epochs_of}: {flags['epochs']} passes over the images")
-    return argparse.Namespace(**flags)
+    run.say(f"--epochs-of {args.epochs_of}: {args.epochs} passes over the images")
+    return args
 
 
 def resumed(progress, run):
     """The ``progress`` of earlier sessions; log.csv is written anew from it.
 
-    Refuses fewer --epochs than were begun. A last epoch that was not probed is to end again.
+    Refuses fewer --epochs than were begun. If they now end with an epoch that was not probed, its
+    row is dropped, so that ``train`` ends it once more, with a probe.
     """
     rows, begun, epochs = progress["rows"], progress["training"]["epoch"], run.args.epochs
     if begun > epochs:
@@ -269,7 +272,7 @@ def resumed(progress, run):
         run.say("note: best.pt is missing; only a better epoch to come will write it again")
     columns = [f"student_{probe}" for probe in run.args.probe]
     if len(rows) > epochs and any(rows[-1][column] is None for column in columns):
-        rows.pop()  # without a step
+        rows.pop()  # train() takes no step for it
     run.table("log.csv", COLUMNS, rows)
     return progress
 

@@ -90,7 +90,9 @@ def main(args, device, world):
     chains = [Chain(*pair) for pair in itertools.product(starts, args.rewind_epoch)]
     controls = [chain._replace(control="shuffle") for chain in chains]
     tables = [f"{chain.file}.csv" for chain in chains + controls]
-    units = list(zip(chains, controls, strict=True))  # one process does one after the other
+    units = list(
+        zip(chains, controls, strict=True)
+    )  # in one process: a control needs its chain's state
 
     def do(unit, run):
         for chain in unit if args.control == "shuffle" else unit[:1]:
@@ -110,8 +112,8 @@ def run_chain(chain, data, run, after_round):
     weights = pruning.prunable(training.classifier, args.prune)
     masks, rewind = pruning.dense_masks(weights), None
     total = pruning.remaining(masks)
-    rows, kept = [], []  # of each round; kept: how many weights of each layer
-    # a control's table is written before its state, from round 0 of the chain that it controls
+    rows, kept = [], []  # of each round: a row, and how many weights of each layer are kept
+    # a control begins with round 0 of its chain, so that its table may be there before its state
     saved = run.load(f"{chain.file}.pt", None if chain.control else table)
     if chain.control:  # it keeps as many weights of each layer as that chain
         controlled = run.load(f"{chain._replace(control=None).file}.pt")

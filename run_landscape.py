@@ -1,7 +1,8 @@
 """The landscape of loss and probes in a plane around a random teacher (section 5; Figs. 5, 13-16).
 
-The plane goes through three networks: the teacher and two students. The teacher lies in
-an asymmetric valley: the loss rises slowly towards the near student, steeply the other way.
+The plane goes through three networks: the teacher and two students, or one student before and
+after training. The teacher lies in an asymmetric valley: the loss rises slowly towards a student
+that started next to it, steeply the other way.
 
     # first: run_distill.py ... --out runs/a, and the same with --alpha 1 --out runs/b
     python run_landscape.py --data-dir data --subset 1000 --test-subset 1000 --out runs/shared \\
@@ -46,8 +47,8 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     # fmt: off
     add = parser.group("start with these")
-    add("--x-axis", str, None, "network at (1,0): PATH:student, PATH:student-init or PATH:teacher of a checkpoint; needed, but for --plot-only")
-    add("--y-axis", str, None, "network at (0,1); needed likewise")
+    add("--x-axis", str, None, "network that the x axis points to, at (1,0) of the interpolation plane: PATH:student, PATH:student-init or PATH:teacher of a checkpoint; needed, but for --plot-only")
+    add("--y-axis", str, None, "third network, at (0,1) of the interpolation plane; needed likewise")
     cli.add_data_flags(add, default=None)
     add("--out", Path, None, "folder of the run, runs/landscape by default; with --plot-only the picture")
     add("--plot-only", Path, None, "folders of landscapes to draw, one below the other, into --out; nothing is computed", nargs="+")
@@ -154,7 +155,7 @@ def load_networks(specs, device):
 
 
 def label(contents, which):
-    """A network's name in the paper: theta_T, theta_S(alpha) before, theta*_S(alpha) after."""
+    """A network's name in the paper: theta_T, theta_S(alpha) before training, theta*_S(alpha) after."""
     if which == "teacher":
         return TEACHER
     alpha = round(contents["config"]["flags"]["alpha"], 6)  # 1e-10 is 0, as the paper writes it
@@ -164,10 +165,10 @@ def label(contents, which):
 def make_grid(args, plane):
     """Rows of points (i, j, x, y), by default around the networks with a margin of a quarter."""
     axes = []
-    for axis, given in enumerate((args.x_range, args.y_range)):
+    for axis, wanted in enumerate((args.x_range, args.y_range)):
         values = [corner[axis] for corner in plane.corners()]
         margin = 0.25 * (max(values) - min(values))
-        low, high, n = given or (min(values) - margin, max(values) + margin, 25)
+        low, high, n = wanted or (min(values) - margin, max(values) + margin, 25)
         steps = max(1, n - 1)
         # in this form the teacher, at 0, is met exactly wherever rounding allows it
         axes.append([(low * (steps - k) + high * k) / steps for k in range(n)])

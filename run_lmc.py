@@ -88,7 +88,7 @@ def main(args, device, world):
     ends = list(itertools.product(starts, range(args.runs)))
     run.for_each(ends, lambda end, run: train(*end, data, run), "training run")
 
-    # Walk from each result to each other one of the same start.
+    # Walk between each two results of one start.
     pairs = itertools.combinations(range(args.runs), 2)
     lines = [(start, *pair) for start, pair in itertools.product(starts, pairs)]
     tables = [f"lines/{start.name}-{a}-{b}.csv" for start, a, b in lines]
@@ -155,7 +155,7 @@ def walk(start, a, b, data, run):
 
 
 def batch_norm_images(images, batches, batch_size):
-    """``batches`` full batches of images, the same for every line; all of a small set."""
+    """``batches`` full batches of images, the same for every line; all images if they fill none."""
     whole = len(images) // batch_size * batch_size  # images in full batches
     count = min(batches * batch_size, whole or len(images))
     order = torch.randperm(len(images), generator=random_stream(0, "batch-norm"))

@@ -8,8 +8,8 @@ the student was distilled on, also where another one is probed (transfer, Tables
     python run_probe.py runs/a/best.pt runs/b/best.pt --dataset cifar10 --data-dir data
     torchrun --nproc-per-node=4 run_probe.py ...          # the processes share the images
 
-Prints a table, mean +- standard deviation over the checkpoints, and writes a row for each network:
-accuracies in percent, the checkpoint's epoch and SHA-256, and the probes' settings.
+Prints a table, mean +- standard deviation over the checkpoints. The CSV file --out gets a
+row for each network: accuracies in percent, the checkpoint's epoch and SHA-256, the settings.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ def main(args, device, world):
     # all, before anything is computed
     loaded = [(path, load_checkpoint(path)) for path in args.checkpoints]
     for path, contents in loaded:
-        check_model(path, contents["model"], vars(args))  # of which --image-size is a model's
+        check_model(path, contents["model"], vars(args))  # --image-size must be the model's
     args.lock = world.in_main(lambda: lock_table(args))  # it is held as long as this lives
     data = cli.load_data(args, world)
     cli.note_steps(args, data, world)
@@ -87,7 +87,7 @@ def main(args, device, world):
 
 
 def lock_table(args):
-    """Lock the CSV file --out; refuse one that exists, or with --overwrite is of something else."""
+    """Lock the CSV file --out. Refuse one that exists, with --overwrite one of something else."""
     check_output(args)
     if args.out.exists() and "sha256" not in (files.read_csv(args.out) or [""])[0]:
         raise InputError(f"--overwrite: {args.out} is no table of probes; give another --out")
@@ -96,8 +96,8 @@ def lock_table(args):
 
 def say_table(args, rows, name, world):
     """Mean and standard deviation over the checkpoints, a line for each network."""
-    over = f", mean +- std over {n} checkpoints" if (n := len(args.checkpoints)) > 1 else ""
-    world.say(f"test accuracy on {name}, %{over}")
+    note = f", mean +- std over {n} checkpoints" if (n := len(args.checkpoints)) > 1 else ""
+    world.say(f"test accuracy on {name}, %{note}")
     for network in dict.fromkeys(row["network"] for row in rows):
         mine = [row for row in rows if row["network"] == network]
         cells = [f"{probe} {plus_minus([row[probe] for row in mine])}" for probe in args.probe]

@@ -50,7 +50,7 @@ class Dataset:
         return {"name": self.name, "mean": list(self.mean), "std": list(self.std)}
 
     def with_normalization(self, source):
-        """The same images, to be normalised as those of another one's ``source``."""
+        """The same images, to be normalised with the mean and std of ``source``."""
         return replace(self, mean=tuple(source["mean"]), std=tuple(source["std"]))
 
     def normalize(self, images):

@@ -26,7 +26,7 @@ from rtd.models import autocast
 
 
 def adamw(student, lr=0.001, weight_decay=0.0, bias_decay=0.0):
-    """The optimizer of App. E: AdamW at a constant rate, in the paper without weight decay.
+    """The optimizer of App. E.4: AdamW at a constant rate, in the paper without weight decay.
 
     bias_decay: the weight decay of biases and of norms' gains; the authors' code had torch's 0.01.
     """
@@ -128,7 +128,7 @@ class Distiller(nn.Module):
             z = self._bottleneck(images) / self.temperature  # (B, K)
         last = self.student.head.l2_bottleneck
         weight = last.last_layer.weight
-        workspace = self._workspace if weight.grad is None else None  # else it holds that
+        workspace = self._workspace if weight.grad is None else None  # else that lies in it
         dtype = torch.bfloat16 if precision == "bf16" else None  # of products with the weights
         options = self.kind, last.weight_norm, dtype, observe, workspace
         z_t, weight_t, lme_t = self.teacher.answer(images, index)

@@ -1,4 +1,4 @@
-"""Random initialisation of encoders, head, and a student next to its teacher (section 3).
+"""Random initialisation of encoders, head, and a student next to its teacher (section 4).
 
 Every draw comes from an explicit ``torch.Generator``; ``random_stream`` names one for each purpose,
 so that changing one (the probe's, say) does not move another (the batch order).
@@ -74,7 +74,7 @@ def init_linear_(layer, generator):
 
 @torch.no_grad()
 def init_student_(student, teacher, alpha):
-    """theta_S(alpha) = ((1 - alpha) theta_T + alpha theta~) / delta, in place (section 3).
+    """theta_S(alpha) = ((1 - alpha) theta_T + alpha theta~) / delta, in place (section 4).
 
     ``student`` comes in as the fresh draw theta~ and leaves as theta_S(alpha), alpha in [0, 1].
     delta = sqrt(alpha^2 + (1 - alpha)^2) keeps the variance of each weight. All parameters are
@@ -84,7 +84,6 @@ def init_student_(student, teacher, alpha):
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
     delta = math.sqrt(alpha**2 + (1 - alpha) ** 2)
-    # in place: theta <- ((1 - alpha) theta_T + alpha theta) / delta
     for theta, theta_t in zip(student.parameters(), teacher.parameters(), strict=True):
         theta.mul_(alpha).add_(theta_t, alpha=1 - alpha).div_(delta)
     return student

@@ -46,7 +46,7 @@ class Plane:
     """
 
     def __init__(self, states, names, kind="interpolation"):
-        """states: three state dicts of one architecture, best on the device of what is written.
+        """states: state dicts of three networks, best on the device of the one to write.
 
         names: of the parameters, without buffers. Raises ValueError where the three lie on a line.
         """

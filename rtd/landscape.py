@@ -61,11 +61,11 @@ def divergences(z, weight, z_t, weight_t, lme_t, entropy_t):
         # phi by a subtraction: its error is the rounding of d, which a mean of m terms averages out
         b += e.sub_(d).mul_(p_t).sum(0)
     a, b = a / m, b / m
-    ratio = torch.log1p(a + b)
-    kl = torch.where(ratio.abs() < 1, b - losses.exp_minus_one_minus(ratio), ratio - a)
+    log_ratio = torch.log1p(a + b)
+    kl = torch.where(log_ratio.abs() < 1, b - losses.exp_minus_one_minus(log_ratio), log_ratio - a)
     constant = lme_t + math.log(m)  # the teacher's log-sum-exp: sum p_t t = constant - entropy_t
     # H(p_s) = log-sum-exp of s - sum p_s s, with p_s = p_t exp(d) / (1 + A + B)
-    entropy = constant + ratio - (constant - entropy_t + a + inner / m) / (1 + a + b)
+    entropy = constant + log_ratio - (constant - entropy_t + a + inner / m) / (1 + a + b)
     return torch.stack([kl, kl + entropy_t, square / m, entropy]).sum(1)
 
 
@@ -87,8 +87,10 @@ class Landscape:
         is 0. With bf16, a KL below about 1e-4 elsewhere is mostly rounding error.
         """
         self.data, self.encoder_only, self.precision = data, encoder_only, precision
-        splits = {"train": data.train, "test": data.test}
-        self.images = {name: data.normalize(split.images) for name, split in splits.items()}
+        self.images = {
+            "train": data.normalize(data.train.images),
+            "test": data.normalize(data.test.images),
+        }
         self.batch_size, self.sides = batch_size, []  # of each batch, what is kept of the teacher
         for _, _, outputs in self._outputs(teacher):
             self.sides.append(outputs if encoder_only else (*outputs, *teacher_side(*outputs)))
@@ -128,11 +130,10 @@ class Landscape:
             totals[name] += compare(*outputs, *side)
             features[name].append(f)
         means = torch.cat([total / len(self.images[name]) for name, total in totals.items()])
-        values = means.tolist()  # for the losses, a GPU is waited for once
+        means = means.where(means.isfinite(), math.nan).tolist()  # a GPU is waited for once
         names = [f"{name}_{loss}" for name in totals for loss in MEASURES]
-        row = {k: v if math.isfinite(v) else math.nan for k, v in zip(names, values, strict=True)}
         features = [torch.cat(parts) for parts in features.values()]
-        return row | probe(*features, self.data, probes, **options)
+        return dict(zip(names, means, strict=True)) | probe(*features, self.data, probes, **options)
 
 
 def asymmetry(rows):

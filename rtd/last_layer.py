@@ -45,7 +45,7 @@ class Workspace:
     """Memory that one call leaves to the next: to get it afresh costs more than to fill it."""
 
     def __init__(self):
-        self.turn = 0  # how many gradients it has held
+        self.turn = 0  # how many calls have used it
         self._buffers = {}
 
     def empty(self, name, shape, like):
@@ -138,9 +138,9 @@ def _unit_rows(weight, norm, rows, out):
 
 def _diagnostics(s, t, lme, lme_t):
     """(3, B): m times a block's sums of KL terms, of p_t t and of p_s s; s, t: (block, B)."""
-    ratio_s, ratio_t = s - lme, t - lme_t  # log(m p_s), log(m p_t)
-    p_s, p_t = ratio_s.exp(), ratio_t.exp()  # times m, as everywhere here
-    terms = kl_terms(p_s, p_t, ratio_s.sub_(ratio_t)), p_t.mul_(t), p_s.mul_(s)
+    log_s, log_t = s - lme, t - lme_t  # log(m p_s), log(m p_t)
+    p_s, p_t = log_s.exp(), log_t.exp()  # times m, as everywhere here
+    terms = kl_terms(p_s, p_t, log_s.sub_(log_t)), p_t.mul_(t), p_s.mul_(s)
     return torch.stack([term.sum(0) for term in terms])
 
 

@@ -52,10 +52,10 @@ def cross_entropy(student_logits, teacher_logits):
 
 def kl_divergence(student_logits, teacher_logits):
     """KL(p_t || p_s) >= 0 of each image: two (..., m) tensors of logits -> (...), in nats."""
-    log_ratio_s = student_logits - log_mean_exp(student_logits).unsqueeze(-1)
-    log_ratio_t = teacher_logits - log_mean_exp(teacher_logits).unsqueeze(-1)
-    p_s, p_t = student_logits.softmax(-1), teacher_logits.softmax(-1)
-    return kl_terms(p_s, p_t, log_ratio_s - log_ratio_t).sum(-1)
+    outputs = student_logits, teacher_logits
+    log_s, log_t = (x - log_mean_exp(x).unsqueeze(-1) for x in outputs)  # log(m p_s), log(m p_t)
+    p_s, p_t = (x.softmax(-1) for x in outputs)
+    return kl_terms(p_s, p_t, log_s - log_t).sum(-1)
 
 
 def entropy(logits):

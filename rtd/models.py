@@ -1,4 +1,4 @@
-"""Encoders (section 3, Table 5) and the network that is distilled: encoder, projection head.
+"""Encoders (section 4, Table 5) and the network that is distilled: encoder, projection head.
 
 An encoder maps normalised images to an embedding, the representation that the probes judge:
 
@@ -7,7 +7,7 @@ An encoder maps normalised images to an embedding, the representation that the p
 * ResNet18, 34, 50 are torchvision's with the CIFAR stem: a 3x3 convolution of stride 1 instead of
   7x7 of stride 2, no max pool, no classifier (ResNet18: 11,168,832 parameters; 512 dimensions,
   ResNet50 2,048).
-* ResNet20, 56 are the narrow networks that He et al. (2016) made for CIFAR-10, with projection
+* ResNet20, 56 are the narrow networks that He et al. (2016) made for CIFAR-10, but with projection
   shortcuts (ResNet20: 271,824 parameters; 64 dimensions). They are the ones for quick looks.
 * ViT-Tiny, Small, Medium, Base are torchvision's with 8x8 patches, 12 blocks and no classifier
   (ViT-Tiny: 5,379,264 parameters; 192 dimensions). Table 5's counts (594,048) are those of 16x16
@@ -158,7 +158,7 @@ def materialize(module):
 
 
 def random_network(generator, **model):
-    """A ``Network`` at random initialisation (INIT in section 3): first its encoder, then its head.
+    """A ``Network`` at random initialisation (INIT in section 4): first its encoder, then its head.
 
     model: arguments of ``build_network``. generator: a CPU ``torch.Generator``.
     """

@@ -117,10 +117,13 @@ def _label(column):
 
 
 def _over_time(axis, lines, column, title):
-    """``column`` against the epoch, or step if epochs differ; a line for each (logs, look)."""
+    """``column`` against the epoch, or the step where runs have epochs of different lengths.
+
+    lines: (logs, look) of each.
+    """
     ends = [log[-1] for logs, _ in lines for log in logs]
     x = "step" if len({e["step"] / e["epoch"] for e in ends if e["epoch"]}) > 1 else "epoch"
-    for logs, look in lines:  # a KL's without the start, where it is 0
+    for logs, look in lines:  # at the start, next to the teacher, a KL is almost 0
         _line(axis, _history(logs, column, column in KL, x), **look)
     axis.set(title=title, xlabel=x, ylabel=_label(column))
     axis.locator_params("x", integer=True, min_n_ticks=1)
@@ -292,7 +295,7 @@ def _map(axis, xs, ys, grid, norms, networks, label, orthogonal):
     from matplotlib.patheffects import withStroke
 
     look, extend = {"cmap": "cividis"}, "neither"
-    if "KL" in label:  # from a low percentile: the basin shows, however little its middle has
+    if "KL" in label:  # the few points next to the teacher would take the whole scale
         high = np.nanmax(grid, initial=1e-12)
         low = np.clip(np.nanpercentile(grid, 1), 1e-6 * high, high / 2)
         look, extend = {"cmap": "viridis", "norm": LogNorm(low, high, clip=True)}, "min"
@@ -326,8 +329,9 @@ def _cut(axis, xs, ys, grid, networks, label):
 def landscapes(panels):
     """Figs. 5, 13 to 16: train KL (log colours) and both probes, a row for each landscape.
 
-    panels: {"rows": of landscape.csv, "points": of points.csv, "orthogonal": whether distances are
-    true, "loss": what its train_kl is, "title": str}. A single row or column is drawn as a curve.
+    panels: dicts {"rows": of landscape.csv, "points": of points.csv, "orthogonal": whether
+    distances are true, "loss": what its train_kl is, "title": str}. A single row or column is
+    drawn as a curve.
     """
     from matplotlib.figure import Figure
 

@@ -77,7 +77,7 @@ def knn_probe(train_x, train_y, test_x, test_y, k=20):
 
     train_x, test_x = train_x.detach(), test_x.detach()
     classifier = KNeighborsClassifier(k, algorithm="brute")
-    with warnings.catch_warnings():  # that there are many classes for so few images
+    with warnings.catch_warnings():  # of many classes among few images
         warnings.simplefilter("ignore", UserWarning)
         classifier.fit(train_x.numpy(), train_y.numpy())
     return 100 * classifier.score(test_x.numpy(), test_y.numpy())

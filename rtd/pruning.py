@@ -38,7 +38,7 @@ def remaining(masks):
 
 
 def kept_after(total, fraction, rounds):
-    """How many of ``total`` weights ``rounds`` rounds leave: total (1 - k)^r, rounded once."""
+    """How many weights are left after ``rounds`` rounds: total (1 - k)^r, rounded once."""
     return round(total * (1 - fraction) ** rounds)
 
 
