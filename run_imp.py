@@ -18,13 +18,13 @@ seconds are the round's, test_accuracy is of its last epoch, test_accuracy_best 
 """
 
 import itertools
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from rtd import plots, pruning
 from rtd.errors import InputError
 from rtd.harness import cli
-from rtd.harness.checkpoint import Start, load_starts, say_starts
+from rtd.harness.checkpoint import load_starts, say_starts
 from rtd.harness.datasets import fingerprints
 from rtd.harness.run import Run
 from rtd.harness.training import SupervisedTraining
@@ -32,6 +32,7 @@ from rtd.supervised import empty_classifier
 
 COLUMNS = ("init", "rewind_epoch", "control", "round", "sparsity", "remaining_parameters")
 COLUMNS += ("test_accuracy", "test_accuracy_best", "epochs", "seconds")
+CONTROLS = (None, "shuffle")
 PRODUCTS = ("imp.csv", "imp.*", "chains/init*-rewind*")
 
 
@@ -59,23 +60,6 @@ def parse_args(argv=None):
     return args
 
 
-class Chain(NamedTuple):
-    """One curve of Fig. 8. control: None, or "shuffle" for one whose masks are shuffled."""
-
-    start: Start
-    rewind_epoch: int
-    control: str | None = None
-
-    @property
-    def file(self):
-        name = f"chains/{self.start.name}-rewind{self.rewind_epoch}"
-        return f"{name}-{self.control}" if self.control else name
-
-    def __str__(self):
-        words = f"{self.start.kind}, rewind {self.rewind_epoch}"
-        return f"{words}, {self.control}" if self.control else words
-
-
 def main(args, device, world):
     data = cli.load_data(args, world)
     starts = load_starts(args, data)
@@ -87,57 +71,64 @@ def main(args, device, world):
     run = Run(args, device, world, PRODUCTS, ("rounds", "control"), fingerprints(data), args.init)
     title = say_starts(run, starts, data)
     data = data.to(device)
-    chains = [Chain(*pair) for pair in itertools.product(starts, args.rewind_epoch)]
-    controls = [chain._replace(control="shuffle") for chain in chains]
-    tables = [f"{chain.file}.csv" for chain in chains + controls]
-    units = list(
-        zip(chains, controls, strict=True)
-    )  # in one process: a control needs its chain's state
+    chains = list(itertools.product(starts, args.rewind_epoch))
+    tables = [f"{file_of(*chain, control)}.csv" for control in CONTROLS for chain in chains]
 
-    def do(unit, run):
-        for chain in unit if args.control == "shuffle" else unit[:1]:
-            run_chain(chain, data, run, lambda: run.concatenate("imp.csv", COLUMNS, tables))
+    def do(chain, run):  # and then its control, in the same process, which needs its state
+        for control in CONTROLS if args.control == "shuffle" else [None]:
+            join = partial(run.concatenate, "imp.csv", COLUMNS, tables)
+            run_chain(*chain, control, data, run, after_round=join)
 
     def finish(diverged):
         if rows := run.concatenate("imp.csv", COLUMNS, tables):
             run.draw("imp", plots.imp, rows, title)
 
-    run.for_each(units, do, "chain", finish)
+    run.for_each(chains, do, "chain", finish)
 
 
-def run_chain(chain, data, run, after_round):
-    """Train, prune, rewind, train again. after_round: called after each round."""
-    args, table = run.args, f"{chain.file}.csv"
-    training = SupervisedTraining(chain.start, data, (args.seed,), run, str(chain))
+def file_of(start, rewind_epoch, control):
+    """The path of a chain's files, without suffix."""
+    name = f"chains/{start.name}-rewind{rewind_epoch}"
+    return f"{name}-{control}" if control else name
+
+
+def run_chain(start, rewind_epoch, control, data, run, after_round):
+    """One curve of Fig. 8: train, prune, rewind, train again; after_round() follows each round.
+
+    control: None, or "shuffle" for one whose masks are shuffled.
+    """
+    args, file = run.args, file_of(start, rewind_epoch, control)
+    title = f"{start.kind}, rewind {rewind_epoch}" + ", masks shuffled" * bool(control)
+    training = SupervisedTraining(start, data, (args.seed,), run, title)
     weights = pruning.prunable(training.classifier, args.prune)
     masks, rewind = pruning.dense_masks(weights), None
     total = pruning.remaining(masks)
     rows, kept = [], []  # of each round: a row, and how many weights of each layer are kept
     # a control begins with round 0 of its chain, so that its table may be there before its state
-    saved = run.load(f"{chain.file}.pt", None if chain.control else table)
-    if chain.control:  # it keeps as many weights of each layer as that chain
-        controlled = run.load(f"{chain._replace(control=None).file}.pt")
-        first = controlled | {"rows": [controlled["rows"][0] | {"control": chain.control}]}
+    saved = run.load(f"{file}.pt", None if control else f"{file}.csv")
+    if control:  # it keeps as many weights of each layer as that chain
+        controlled = run.load(f"{file_of(start, rewind_epoch, None)}.pt")
+        first = controlled | {"rows": [controlled["rows"][0] | {"control": control}]}
         saved = (saved or first) | {"kept": controlled["kept"]}
     if saved:
         rows, rewind, masks, kept = (saved[k] for k in ("rows", "rewind", "masks", "kept"))
         masks = {name: mask.to(run.device) for name, mask in masks.items()}
         training.load_state(saved["training"])
         if (done := len(rows) - 1) > args.rounds:
-            raise InputError(f"--rounds {args.rounds}: {chain.file} has run {done} already")
-        run.say(f"{chain}: {len(rows)} of {args.rounds + 1} rounds are done")
-        run.table(table, COLUMNS, rows)
+            raise InputError(f"--rounds {args.rounds}: {file} has run {done} already")
+        run.say(f"{title}: {len(rows)} of {args.rounds + 1} rounds are done")
+        run.table(f"{file}.csv", COLUMNS, rows)
 
     def save():
         state = {"rows": rows, "rewind": rewind, "masks": masks, "kept": kept}
-        run.save(f"{chain.file}.pt", state | {"training": training.state()})
+        run.save(f"{file}.pt", state | {"training": training.state()})
 
     for round_ in range(len(rows), args.rounds + 1):
         if len(training.accuracies) == args.epochs:  # the round before is over
             # Prune the smallest of the trained weights. Restore all as it was at the end of epoch l
             # (weights, fc, batch norm's statistics, momentum), then zero what the new mask prunes.
             # Batches and augmentation repeat the first round's.
-            if chain.control:
+            if control:
                 masks = pruning.random_masks(kept[round_], weights, args.seed, round_)
             else:
                 left = pruning.kept_after(total, args.prune_fraction, round_)
@@ -147,20 +138,20 @@ def run_chain(chain, data, run, after_round):
             training.loss.pruned = weights, masks
             training.loss.after_step()
         for done in training.epochs(save):
-            if done == chain.rewind_epoch and rewind is None:
+            if done == rewind_epoch and rewind is None:
                 rewind = training.state()
             if done == args.epochs:  # in the loop, as the save that follows must hold the row
-                new = training.accuracies[chain.rewind_epoch if round_ else 0 :]  # of this round
+                new = training.accuracies[rewind_epoch if round_ else 0 :]  # of this round
                 left = pruning.remaining(masks)
                 before = rewind["seconds"] if round_ else 0
-                row = chain.start.spec, chain.rewind_epoch, chain.control, round_, 1 - left / total
+                row = start.spec, rewind_epoch, control, round_, 1 - left / total
                 row += left, new[-1], max(new), len(new), training.seconds - before
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
-                if not chain.control:
+                if not control:
                     kept.append({name: int(mask.sum()) for name, mask in masks.items()})
                 words = f"{left / total:.1%} of the weights, test accuracy {new[-1]:.2f} %"
-                run.say(f"{chain}, round {round_}: {words} (best {max(new):.2f} %)")
-        run.table(table, COLUMNS, rows)
+                run.say(f"{title}, round {round_}: {words} (best {max(new):.2f} %)")
+        run.table(f"{file}.csv", COLUMNS, rows)
         after_round()
 
 

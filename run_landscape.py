@@ -165,8 +165,7 @@ def label(contents, which):
 def make_grid(args, plane):
     """Rows of points (i, j, x, y), by default around the networks with a margin of a quarter."""
     axes = []
-    for axis, wanted in enumerate((args.x_range, args.y_range)):
-        values = [corner[axis] for corner in plane.corners()]
+    for wanted, *values in zip((args.x_range, args.y_range), *plane.corners(), strict=True):
         margin = 0.25 * (max(values) - min(values))
         low, high, n = wanted or (min(values) - margin, max(values) + margin, 25)
         steps = max(1, n - 1)

@@ -53,11 +53,11 @@ def parse_args(argv=None):
     add = parser.group("start with these")
     cli.add_data_flags(add)
     cli.add_init_flags(add)
-    add("--runs", cli.positive_int, 5, "runs from each start; 5 make 10 pairs, 3 make 3; --resume can add some")
+    add("--runs", cli.at_least(2), 5, "runs from each start; 5 make 10 pairs, 3 make 3; --resume can add some")
     add("--out", Path, Path("runs/lmc"), "folder of the run")
     parser.add_file_flags()
     add = parser.group("lines")
-    add("--points", cli.positive_int, 50, "points of a line, ends included; 11 suffice for a barrier")
+    add("--points", cli.at_least(3), 50, "points of a line, ends included; 11 suffice for a barrier")
     add("--bn-statistics", ("recompute", "interpolate"), "recompute",
         "* statistics of batch norm on the line: estimated anew from training images, or interpolated, which shows higher barriers")
     add("--bn-batches", cli.positive_int, 20, "batches from which these statistics are estimated")
@@ -69,9 +69,6 @@ def parse_args(argv=None):
     # fmt: on
     args = parser.parse(argv, "init", "bn_statistics")
     args.bn_statistics.sort(reverse=True)  # recompute first, in whatever order they are given
-    for flag, least in (("runs", 2), ("points", 3)):
-        if (given := getattr(args, flag)) < least:
-            parser.error(f"--{flag} {given}: a barrier has two ends; give at least {least}")
     return args
 
 
@@ -127,14 +124,13 @@ def walk(start, a, b, data, run):
     args, file = run.args, f"lines/{start.name}-{a}-{b}"
     data = data.with_normalization(start.source)
     names = [f"runs/{start.name}-run{n}.pt" for n in (a, b)]
-    ends = [run.load(name, kind=SUPERVISED) for name in names]
+    states = [run.load(name, kind=SUPERVISED)["training"]["classifier"] for name in names]
     settings = {flag: getattr(args, flag) for flag in LINES}
     settings["ends"] = [sha256(run.folder / name) for name in names]
     line = run.load(f"{file}.pt")  # where its flags or its ends changed, it is walked anew
     rows = line["rows"] if line and line["settings"] == settings else []
 
     network = materialize(empty_classifier(start.architecture, data.num_classes)).to(run.device)
-    states = [end["training"]["classifier"] for end in ends]
     train = take(data.train, args.line_subset or min(10_000, len(data.train)), "line")
     images = batch_norm_images(data.train.images, args.bn_batches, args.batch_size)
     gammas = torch.linspace(0, 1, args.points, dtype=torch.float64).tolist()

@@ -100,24 +100,27 @@ def load_starts(args, data):
     --encoder None is the checkpoints' own, or resnet18 without any. All are of one architecture.
     Random encoders are normalised for ``data``, others as they were.
     """
-    random = [spec for spec in args.init if re.fullmatch(r"random(:[1-9]\d*)?", spec)]
     others = ", or random, random:1 ..."
-    loaded = {spec: load_spec("--init", spec, others) for spec in args.init if spec not in random}
+    loaded = {
+        spec: load_spec("--init", spec, others)
+        for spec in args.init
+        if not re.fullmatch(r"random(:[1-9]\d*)?", spec)
+    }
     default = {"encoder": "resnet18", "norm": None}
     first = next((contents["model"] for contents, _ in loaded.values()), default)
     wanted = {"encoder": args.encoder or first["encoder"], "norm": first["norm"]}
     wanted["image_size"] = args.image_size
     starts = []
     for i, spec in enumerate(args.init):
-        if spec in random:
+        if spec in loaded:
+            contents, which = loaded[spec]
+            check_model(f"--init {spec}", contents["model"], wanted)
+            encoder, source = load_network(contents, which).encoder, contents["data"]
+        else:
             encoder = materialize(build_encoder(**wanted))
             draw = spec.partition(":")[2] or 0
             init_encoder_(encoder, random_stream(args.seed, "encoder-init", draw))
             which, source = spec, data.source
-        else:
-            contents, which = loaded[spec]
-            check_model(f"--init {spec}", contents["model"], wanted)
-            encoder, source = load_network(contents, which).encoder, contents["data"]
         starts.append(Start(f"init{i}", spec, which, wanted, encoder.state_dict(), source))
     return starts
 

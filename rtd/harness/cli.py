@@ -130,8 +130,12 @@ def _number(kind, description, accept):
 
 
 # fmt: off
-positive_int = _number(int, "a whole number of at least 1, below 2^31", lambda x: 1 <= x < 2**31)
-non_negative_int = _number(int, "a whole number of at least 0, below 2^31", lambda x: 0 <= x < 2**31)
+def at_least(n):
+    """A parser of whole numbers from n on."""
+    return _number(int, f"a whole number of at least {n}, below 2^31", lambda x: n <= x < 2**31)
+
+
+positive_int, non_negative_int = at_least(1), at_least(0)
 finite_float = _number(float, "a number", math.isfinite)
 positive_float = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
 non_negative_float = _number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)

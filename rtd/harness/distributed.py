@@ -105,24 +105,21 @@ class World:
             dist.all_gather_object(parts, values)
         return {key: part[key] for part in parts for key in part}
 
-    def decide(self, function):
-        """What ``function()`` returns or raises in the main process, in every process."""
+    def in_main(self, function):
+        """What ``function()`` returns in the main process, None in the others, which wait.
+
+        What it raises there is raised in all.
+        """
         if self.size == 1:
             return function()
-        box = [None, None]
+        result, box = None, [None]
         if self.is_main:
             try:
-                box[0] = function()
+                result = function()
             except (InputError, Diverged, OSError) as error:
-                box[1] = error
+                box = [error]
         dist.broadcast_object_list(box, 0)
-        if box[1] is not None:
-            box[1].everywhere = True  # one process is enough to print it
-            raise box[1]
-        return box[0]
-
-    def in_main(self, function):
-        """What ``function()`` returns in the main process; None in the others, which wait."""
-        held = []  # a result may be too large, or too special, to be sent around
-        self.decide(lambda: held.append(function()))
-        return held[0] if held else None
+        if box[0] is not None:
+            box[0].everywhere = True  # one process is enough to print it
+            raise box[0]
+        return result

@@ -202,7 +202,7 @@ class Run:
                 way = f"move {self.folder / table} away to make it anew"
                 raise InputError(f"--resume: {path} is missing; {way}")
 
-        return self.world.decide(read)
+        return self.world.in_main(read) or read()  # which all processes have to read
 
     def for_each(self, units, do, name="run", finish=lambda diverged: None):
         """do(unit, run) for independent ``units``, shared as ``World.units`` says.
