@@ -245,8 +245,9 @@ def redraw(names):
         if path.stem in ("imp", "lmc"):
             tables, rows = sorted(folder.rglob(f"{path.stem}.csv")), []  # of several runs
             for table in tables:
-                of = ":longer " if "-longer" in f"{table}" else ":"  # what a student is called
-                rows += [r | {"init": r["init"].replace(":", of)} for r in files.read_csv(table)]
+                of = ":longer student" if "-longer" in f"{table}" else ":student"
+                read = files.read_csv(table)
+                rows += [r | {"init": re.sub(":student$", of, r["init"])} for r in read]
             encoder = re.search(r"resnet\d+", " ".join(commands(name, scale)))[0]
             seeds = sorted({str(config(table.parent)["flags"]["seed"]) for table in tables})
             word = "seeds" if len(seeds) > 1 else "seed"
