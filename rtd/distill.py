@@ -128,7 +128,7 @@ class Distiller(nn.Module):
             z = self._bottleneck(images) / self.temperature  # (B, K)
         last = self.student.head.l2_bottleneck
         weight = last.last_layer.weight
-        workspace = self._workspace if weight.grad is None else None  # else that lies in it
+        workspace = self._workspace if weight.grad is None else None  # else it holds that gradient
         dtype = torch.bfloat16 if precision == "bf16" else None  # of products with the weights
         options = self.kind, last.weight_norm, dtype, observe, workspace
         z_t, weight_t, lme_t = self.teacher.answer(images, index)
