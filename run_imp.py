@@ -93,10 +93,7 @@ def file_of(start, rewind_epoch, control):
 
 
 def run_chain(start, rewind_epoch, control, data, run, after_round):
-    """One curve of Fig. 8: train, prune, rewind, train again; after_round() follows each round.
-
-    control: None, or "shuffle" for one whose masks are shuffled.
-    """
+    """A curve of Fig. 8: train, prune, rewind, train again. control: None, or "shuffle"."""
     args, file = run.args, file_of(start, rewind_epoch, control)
     title = f"{start.kind}, rewind {rewind_epoch}" + ", masks shuffled" * bool(control)
     training = SupervisedTraining(start, data, (args.seed,), run, title)

@@ -117,10 +117,7 @@ def _label(column):
 
 
 def _over_time(axis, lines, column, title):
-    """``column`` against the epoch, or the step where runs have epochs of different lengths.
-
-    lines: (logs, look) of each.
-    """
+    """``column`` against the epoch, or step if epochs differ in length; lines: (logs, look)."""
     ends = [log[-1] for logs, _ in lines for log in logs]
     x = "step" if len({e["step"] / e["epoch"] for e in ends if e["epoch"]}) > 1 else "epoch"
     for logs, look in lines:  # at the start, next to the teacher, a KL is almost 0
@@ -329,9 +326,8 @@ def _cut(axis, xs, ys, grid, networks, label):
 def landscapes(panels):
     """Figs. 5, 13 to 16: train KL (log colours) and both probes, a row for each landscape.
 
-    panels: dicts {"rows": of landscape.csv, "points": of points.csv, "orthogonal": whether
-    distances are true, "loss": what its train_kl is, "title": str}. A single row or column is
-    drawn as a curve.
+    panels: dicts {"rows": of landscape.csv, "points": of points.csv, "orthogonal": whether x and y
+    are distances, "loss": what train_kl is, "title": str}. A single row or column is a curve.
     """
     from matplotlib.figure import Figure
 
